@@ -1,0 +1,1 @@
+"""Data sets: manifests, splits, per-case results, caches, loaders and transforms."""

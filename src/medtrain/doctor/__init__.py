@@ -1,0 +1,1 @@
+"""Judgements about a recipe before it costs anything."""

@@ -1,0 +1,1 @@
+"""One description of a job, and the places where it can run."""

@@ -1,0 +1,1 @@
+"""Bytes that outlive a process: object stores, transfers and run directories."""

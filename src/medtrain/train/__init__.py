@@ -1,0 +1,1 @@
+"""The engine: it owns time (epochs, steps, saving, stopping); tasks own meaning."""
