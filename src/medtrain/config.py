@@ -1,6 +1,8 @@
-"""What a training run is: the typed, frozen description of one stage, and the words that override it.
+"""What a training run is: the typed, frozen description of one stage, and the words that override
+it.
 
-A `StageConfig` holds the science of a run and, in `job`, where and how fast it runs. Only the science is part
+A `StageConfig` holds the science of a run and, in `job`, where and how fast it runs. Only the
+science is part
 of a run's identity: `identity()` leaves out `job` and every field declared with `location()`.
 """
 
@@ -30,10 +32,12 @@ from pydantic.fields import FieldInfo
 
 from medtrain.errors import ConfigError
 
-# ---------------------------------------------------------------------------------------------- building blocks
+# ----------------------------------------------------------------------------------------------
+# building blocks
 
 NAME_PATTERN = r"^[a-z0-9_]+$"
-"""Names of metrics, loss terms, parameter groups and criteria: Katib's collector reads no other characters."""
+"""Names of metrics, loss terms, parameter groups and criteria: Katib's collector reads no other
+characters."""
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
@@ -42,12 +46,17 @@ class Section(BaseModel):
     """A frozen part of a configuration; unknown keys are errors."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", populate_by_name=True, coerce_numbers_to_str=True, validate_default=True
+        frozen=True,
+        extra="forbid",
+        populate_by_name=True,
+        coerce_numbers_to_str=True,
+        validate_default=True,
     )
 
 
 def location(default: Any = ..., **kwargs: Any) -> Any:
-    """Declare a field that says *where* something is, not *what* it is: it is left out of a run's identity."""
+    """Declare a field that says *where* something is, not *what* it is: it is left out of a run's
+    identity."""
     return Field(default, json_schema_extra={"hashed": False}, **kwargs)
 
 
@@ -84,34 +93,46 @@ def _parse_duration(value: object) -> Duration:
     return Duration(amount, "epochs" if unit.startswith("epoch") else "steps")
 
 
-DurationField = Annotated[Duration, BeforeValidator(_parse_duration), PlainSerializer(str, return_type=str)]
+DurationField = Annotated[
+    Duration, BeforeValidator(_parse_duration), PlainSerializer(str, return_type=str)
+]
 
-# ------------------------------------------------------------------------------------------------------ sections
+#
+#
+#
 
 
 class Init(Section):
     """What the weights of a stage start from."""
 
     source: Literal["scratch", "pretrained", "stage"] = Field("scratch", alias="from")
-    """`scratch`, `pretrained` (weights named in `model`), or `stage` (the best checkpoint of an earlier stage)."""
+    """`scratch`, `pretrained` (weights named in `model`), or `stage` (the best checkpoint of an
+    earlier stage)."""
     stage: str | None = None
     """With `from: stage`: the earlier stage's name."""
     new_parts: tuple[str, ...] = ()
-    """With `from: stage`: patterns of the parameters that only this stage has; any other missing one is an error."""
+    """With `from: stage`: patterns of the parameters that only this stage has; any other missing
+    one is an error."""
     dropped_parts: tuple[str, ...] = ()
-    """With `from: stage`: patterns of the parameters that only the earlier stage has; any other is an error."""
+    """With `from: stage`: patterns of the parameters that only the earlier stage has; any other is
+    an error."""
 
     @model_validator(mode="after")
     def _stage_goes_with_source(self) -> Self:
         if (self.source == "stage") != (self.stage is not None):
-            raise ValueError("init.stage names the earlier stage if, and only if, init.from is 'stage'")
+            raise ValueError(
+                "init.stage names the earlier stage if, and only if, init.from is 'stage'"
+            )
         if (self.new_parts or self.dropped_parts) and self.source != "stage":
-            raise ValueError("init.new_parts and init.dropped_parts have a meaning only with init.from=stage")
+            raise ValueError(
+                "init.new_parts and init.dropped_parts have a meaning only with init.from=stage"
+            )
         return self
 
 
 class Weights(Section):
-    """Pretrained weights: what they are, where a copy lies, and whether training may do without them."""
+    """Pretrained weights: what they are, where a copy lies, and whether training may do without
+    them."""
 
     hub_id: str | None = None
     """The id on the model hub, such as `timm/efficientnet_b3.ra2_in1k`."""
@@ -127,7 +148,8 @@ class Data(Section):
     root: str = location("")
     """Folder or `s3://`, `gs://` URI of the raw data set, in its published layout."""
     name: str | None = location(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Names the data set's home under the storage root, where membership of splits is kept; default: from `root`."""
+    """Names the data set's home under the storage root, where membership of splits is kept;
+    default: from `root`."""
     protocol: Name = "holdout_5fold"
     """How cases are divided; the recipe says which protocols it knows."""
     fold: int = Field(0, ge=0)
@@ -141,10 +163,13 @@ class Batch(Section):
     micro: int = Field(4, ge=1)
 
     def accumulation(self, world_size: int) -> int:
-        """Forward passes per optimizer step and process; a ConfigError where `global` does not divide."""
+        """Forward passes per optimizer step and process; a ConfigError where `global` does not
+        divide."""
         per_pass = self.micro * world_size
         if self.global_ % per_pass:
-            allowed = [n for n in range(1, self.global_ + 1) if self.global_ % (n * world_size) == 0]
+            allowed = [
+                n for n in range(1, self.global_ + 1) if self.global_ % (n * world_size) == 0
+            ]
             advice = (
                 f"Set batch.micro to one of {allowed}, or another batch.global."
                 if allowed
@@ -172,7 +197,8 @@ class ConstantSchedule(Warmup):
 
 
 class CosineSchedule(Warmup):
-    """Half a cosine from the group's learning rate down to `floor` of it, reached at the end of the stage."""
+    """Half a cosine from the group's learning rate down to `floor` of it, reached at the end of
+    the stage."""
 
     kind: Literal["cosine"] = "cosine"
     floor: float = Field(0.0, ge=0.0, le=1.0)
@@ -197,12 +223,14 @@ class PlateauSchedule(Warmup):
 
 
 Schedule = Annotated[
-    ConstantSchedule | CosineSchedule | CosineRestartsSchedule | PlateauSchedule, Field(discriminator="kind")
+    ConstantSchedule | CosineSchedule | CosineRestartsSchedule | PlateauSchedule,
+    Field(discriminator="kind"),
 ]
 
 
 class ParamGroup(Section):
-    """Parameters that share a learning rate. The first group whose pattern matches owns a parameter."""
+    """Parameters that share a learning rate. The first group whose pattern matches owns a
+    parameter."""
 
     match: tuple[str, ...]
     """Patterns (`*`, `?`) of parameter names of the model, such as `encoder.*`."""
@@ -226,7 +254,8 @@ class Optim(Section):
     """For `sgd`."""
     weight_decay: float = Field(1e-4, ge=0.0)
     decay_norm_and_bias: bool = False
-    """Whether weight decay also acts on biases and normalisation weights (parameters of one dimension)."""
+    """Whether weight decay also acts on biases and normalisation weights (parameters of one
+    dimension)."""
     clip_norm: float | None = Field(None, gt=0.0)
     """Largest total gradient norm, over all groups; `null` does not clip."""
     schedule: Schedule = ConstantSchedule()
@@ -253,7 +282,8 @@ class FixedWeighting(Section):
 
 
 class Criterion(Section):
-    """A metric by which a best checkpoint is kept. A metric `val_ema_…` keeps the averaged weights."""
+    """A metric by which a best checkpoint is kept. A metric `val_ema_…` keeps the averaged
+    weights."""
 
     metric: Name
     mode: Literal["min", "max"]
@@ -272,7 +302,8 @@ class Validation(Section):
 
 
 class EarlyStop(Section):
-    """Stop when the monitor has not improved for `patience` validations; epochs before `min_epochs` do not count."""
+    """Stop when the monitor has not improved for `patience` validations; epochs before
+    `min_epochs` do not count."""
 
     patience: int = Field(10, ge=1)
     min_epochs: int = Field(0, ge=0)
@@ -280,7 +311,8 @@ class EarlyStop(Section):
 
 
 class Ema(Section):
-    """An exponential moving average of the weights, judged apart from them (metrics `val_ema_…`)."""
+    """An exponential moving average of the weights, judged apart from them (metrics
+    `val_ema_…`)."""
 
     decay: float = Field(0.999, ge=0.0, lt=1.0)
     warmup: bool = False
@@ -291,7 +323,8 @@ class Checkpoint(Section):
     """What is saved and kept. Only `criteria` and `monitor` are part of a run's identity."""
 
     criteria: Mapping[Name, Criterion]
-    """Best checkpoints to keep, by name; each is kept until a better one of the same name is durable."""
+    """Best checkpoints to keep, by name; each is kept until a better one of the same name is
+    durable."""
     monitor: Name
     """The criterion that early stopping, plateau schedules and later stages follow."""
     every_epochs: int = location(1, ge=1)
@@ -306,7 +339,10 @@ class Checkpoint(Section):
     @model_validator(mode="after")
     def _monitor_is_a_criterion(self) -> Self:
         if self.monitor not in self.criteria:
-            raise ValueError(f"monitor must be one of the criteria {sorted(self.criteria)}, but is '{self.monitor}'")
+            raise ValueError(
+                f"monitor must be one of the criteria {sorted(self.criteria)}, "
+                f"but is '{self.monitor}'"
+            )
         return self
 
 
@@ -379,8 +415,14 @@ class StageConfig(Section):
             problems.append(str(error))
         for criterion in self.checkpoint.criteria.values():
             if criterion.metric.startswith("val_ema_") and self.ema is None:
-                problems.append(f"checkpoint.criteria uses {criterion.metric}, but ema is null: set ema.decay")
-        if not any(term.is_active(epoch) for epoch in range(1, self.epochs + 1) for term in self.losses.values()):
+                problems.append(
+                    f"checkpoint.criteria uses {criterion.metric}, but ema is null: set ema.decay"
+                )
+        if not any(
+            term.is_active(epoch)
+            for epoch in range(1, self.epochs + 1)
+            for term in self.losses.values()
+        ):
             problems.append("losses: no term is active in any epoch")
         if problems:
             raise ValueError("; ".join(problems))
@@ -394,7 +436,8 @@ class StageConfig(Section):
 
 StageT = TypeVar("StageT", bound=StageConfig)
 
-# ------------------------------------------------------------------------------------------- dumping and identity
+# -------------------------------------------------------------------------------------------
+# dumping and identity
 
 
 def dump(model: BaseModel) -> dict[str, Any]:
@@ -403,7 +446,8 @@ def dump(model: BaseModel) -> dict[str, Any]:
 
 
 def identity(stage: StageConfig) -> dict[str, Any]:
-    """What a run *is*: `dump(stage)` without `job` and without fields that only say where something lies."""
+    """What a run *is*: `dump(stage)` without `job` and without fields that only say where
+    something lies."""
 
     def without_locations(value: Any) -> Any:
         if isinstance(value, BaseModel):
@@ -440,10 +484,12 @@ def to_yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
 
 
-# ------------------------------------------------------------------------------------------------------ overrides
-
+#
+#
+#
 _INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
 _FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
+_KEY_ERROR = "override key '{key}' must be names joined by dots, such as optim.groups.encoder.lr"
 _KEY_PART = re.compile(r'"([^"]+)"|([^."]+)')
 
 
@@ -461,7 +507,8 @@ class Override:
 
 
 def parse_value(text: str) -> Any:
-    """The value of an assignment: null, true, false, numbers, YAML flow after `[` or `{`, else text."""
+    """The value of an assignment: null, true, false, numbers, YAML flow after `[` or `{`, else
+    text."""
     if text in ("null", "true", "false"):
         return {"null": None, "true": True, "false": False}[text]
     if _INTEGER.fullmatch(text):
@@ -473,7 +520,9 @@ def parse_value(text: str) -> Any:
             return yaml.safe_load(text)
         except yaml.YAMLError as error:
             problem = str(error).splitlines()[0]
-            raise ConfigError(f"value '{text}' begins like a YAML list or mapping, but is none ({problem})") from error
+            raise ConfigError(
+                f"value '{text}' begins like a YAML list or mapping, but is none ({problem})"
+            ) from error
     return text
 
 
@@ -484,13 +533,13 @@ def split_key(key: str) -> tuple[str, ...]:
     while True:
         match = _KEY_PART.match(key, position)
         if not match:
-            raise ConfigError(f"override key '{key}' must be names joined by dots, such as optim.groups.encoder.lr")
+            raise ConfigError(_KEY_ERROR.format(key=key))
         parts.append(match[1] or match[2])
         position = match.end()
         if position == len(key):
             return tuple(parts)
         if key[position] != ".":
-            raise ConfigError(f"override key '{key}' must be names joined by dots, such as optim.groups.encoder.lr")
+            raise ConfigError(_KEY_ERROR.format(key=key))
         position += 1
 
 
@@ -507,12 +556,15 @@ def parse_assignment(text: str, *, origin: str = "override") -> Override:
     return Override(split_key(key.strip()), parse_value(value.strip()), origin)
 
 
-def apply_overrides(stage: StageT, overrides: Sequence[Override], *, origins: dict[str, str] | None = None) -> StageT:
+def apply_overrides(
+    stage: StageT, overrides: Sequence[Override], *, origins: dict[str, str] | None = None
+) -> StageT:
     """Return `stage` with `overrides` applied in order; a ConfigError lists every mistake.
 
     Args:
         stage: The configuration to start from; its *full* dump is the base.
-        overrides: Assignments; setting a `kind` drops the former variant's fields, `null` removes a dict entry.
+        overrides: Assignments; setting a `kind` drops the former variant's fields, `null` removes
+        a dict entry.
         origins: Filled with path → origin for every value that an override set.
     """
     tree = dump(stage)
@@ -536,7 +588,8 @@ def apply_overrides(stage: StageT, overrides: Sequence[Override], *, origins: di
 
 
 def validate(stage_type: type[StageT], tree: Mapping[str, Any]) -> StageT:
-    """Build a stage from plain types; a ConfigError lists every mistake with its path and the nearest key."""
+    """Build a stage from plain types; a ConfigError lists every mistake with its path and the
+    nearest key."""
     try:
         return stage_type.model_validate(tree)
     except ValidationError as error:
@@ -549,7 +602,7 @@ def _assign(tree: dict[str, Any], root: type[BaseModel], override: Override) -> 
     *parents, last = override.path
     for depth, part in enumerate(parents):
         if not isinstance(node, dict):
-            return f"{override.key}: '{join_path(override.path[:depth])}' is a single value and has no '{part}'"
+            return _no_child(override, override.path[:depth], part)
         if node.get(part) is None:
             known = _children(root, override.path[:depth], tree)
             if known is not None and part not in known:
@@ -557,7 +610,7 @@ def _assign(tree: dict[str, Any], root: type[BaseModel], override: Override) -> 
             node[part] = {}
         node = node[part]
     if not isinstance(node, dict):
-        return f"{override.key}: '{join_path(parents)}' is a single value and has no '{last}'"
+        return _no_child(override, parents, last)
     known = _children(root, tuple(parents), tree)
     if known is not None and last not in known:
         return _unknown(override.path, known)
@@ -566,7 +619,8 @@ def _assign(tree: dict[str, Any], root: type[BaseModel], override: Override) -> 
             return _unknown(override.path, sorted(node))
         del node[last]
     elif known is None and last not in node:
-        # A new entry of a dict (a parameter group, a loss term) goes first: the first matching group wins.
+        # A new entry of a dict (a parameter group, a loss term) goes first: the first matching
+        # group wins.
         existing = dict(node)
         node.clear()
         node[last] = override.value
@@ -579,13 +633,23 @@ def _assign(tree: dict[str, Any], root: type[BaseModel], override: Override) -> 
     return None
 
 
+def _no_child(override: Override, parent: Sequence[str], part: str) -> str:
+    return f"{override.key}: '{join_path(parent)}' is a single value and has no '{part}'"
+
+
 def _unknown(path: Sequence[str], known: Sequence[str]) -> str:
     nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-    hint = f"Did you mean '{join_path([*path[:-1], nearest[0]])}'?" if nearest else f"Known keys: {', '.join(known)}."
+    hint = (
+        f"Did you mean '{join_path([*path[:-1], nearest[0]])}'?"
+        if nearest
+        else f"Known keys: {', '.join(known)}."
+    )
     return f"{join_path(path)} is not a key. {hint}"
 
 
-def _children(root: type[BaseModel], path: Sequence[str], tree: Mapping[str, Any]) -> list[str] | None:
+def _children(
+    root: type[BaseModel], path: Sequence[str], tree: Mapping[str, Any]
+) -> list[str] | None:
     """The keys that may stand at `path`, or None where any key may (a dict)."""
     kinds: list[Any] = [root]
     node: Any = tree
@@ -605,7 +669,11 @@ def _children(root: type[BaseModel], path: Sequence[str], tree: Mapping[str, Any
     if any(_is_mapping(a) for a in alternatives):
         return None
     models = [a for a in alternatives if isinstance(a, type) and issubclass(a, BaseModel)]
-    return list(dict.fromkeys(info.alias or name for model in models for name, info in model.model_fields.items()))
+    return list(
+        dict.fromkeys(
+            info.alias or name for model in models for name, info in model.model_fields.items()
+        )
+    )
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:
@@ -640,7 +708,10 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
         if detail["type"] == "value_error" and isinstance(given, Mapping):
             sentences.append(f"{what}: {message}" if what else message)
         else:
-            sentences.append(f"{what}: {message}" + ("" if detail["type"] == "missing" else f", but is {given!r}"))
+            sentences.append(
+                f"{what}: {message}"
+                + ("" if detail["type"] == "missing" else f", but is {given!r}")
+            )
     return sentences
 
 
@@ -649,7 +720,9 @@ def _is_tag(part: str, root: type[BaseModel]) -> bool:
     return part in {"constant", "cosine", "cosine_restarts", "plateau"} and root is not None
 
 
-# ------------------------------------------------------------------------------------------------------- file
+#
+#
+#
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -663,12 +736,17 @@ def read_config_file(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ConfigError(f"--config {path} is not YAML: {error}") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"--config {path} must hold keys and values, but holds {type(tree).__name__}")
+        raise ConfigError(
+            f"--config {path} must hold keys and values, but holds {type(tree).__name__}"
+        )
     return tree
 
 
-def flatten(tree: Mapping[str, Any], *, origin: str, prefix: tuple[str, ...] = ()) -> list[Override]:
-    """A tree of plain types as assignments, so that a file speaks the same language as a command line."""
+def flatten(
+    tree: Mapping[str, Any], *, origin: str, prefix: tuple[str, ...] = ()
+) -> list[Override]:
+    """A tree of plain types as assignments, so that a file speaks the same language as a command
+    line."""
     overrides: list[Override] = []
     items = sorted(tree.items(), key=lambda item: item[0] != "kind")
     for key, value in items:

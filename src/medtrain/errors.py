@@ -30,11 +30,15 @@ class ConfigError(MedTrainError):
     """One or more mistakes in a configuration, all of them listed at once."""
 
     def __init__(self, problems: str | Sequence[str]) -> None:
-        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.problems: tuple[str, ...] = (
+            (problems,) if isinstance(problems, str) else tuple(problems)
+        )
         if len(self.problems) == 1:
             text = self.problems[0]
         else:
-            text = "\n".join([f"{len(self.problems)} mistakes:", *(f"  - {p}" for p in self.problems)])
+            text = "\n".join(
+                [f"{len(self.problems)} mistakes:", *(f"  - {p}" for p in self.problems)]
+            )
         super().__init__(text)
 
 

@@ -1,6 +1,7 @@
 """The site: where storage, tracking and caches are. Never part of a run's identity.
 
-Read from environment variables `MEDTRAIN_…` or from one YAML file named by `MEDTRAIN_SETTINGS`; the environment wins.
+Read from environment variables `MEDTRAIN_…` or from one YAML file named by `MEDTRAIN_SETTINGS`;
+the environment wins.
 Without either, everything lives in one visible folder, `./medtrain-local`.
 """
 
@@ -30,7 +31,8 @@ class Settings(BaseSettings):
     home: Path = Path("medtrain-local")
     """The folder of all local state."""
     storage_root: str = ""
-    """Folder, `s3://…` or `gs://…` under which runs and data sets' splits are kept; default: `home`/storage."""
+    """Folder, `s3://…` or `gs://…` under which runs and data sets' splits are kept; default:
+    `home`/storage."""
     tracking_uri: str = ""
     """MLflow tracking server; default: SQLite in `home`."""
     cache_dir: Path | None = None
@@ -58,7 +60,9 @@ class Settings(BaseSettings):
         file = os.environ.get("MEDTRAIN_SETTINGS")
         if file is not None:
             if not Path(file).is_file():
-                raise ConfigError(f"MEDTRAIN_SETTINGS={file} must be a YAML file, but there is none")
+                raise ConfigError(
+                    f"MEDTRAIN_SETTINGS={file} must be a YAML file, but there is none"
+                )
             sources += (YamlConfigSettingsSource(settings_cls, yaml_file=file),)
         return sources
 
@@ -100,7 +104,7 @@ def settings() -> Settings:
     except ValidationError as error:
         raise ConfigError(
             [
-                f"setting MEDTRAIN_{'_'.join(str(p) for p in detail['loc']).upper()}: {detail['msg']}"
+                f"setting MEDTRAIN_{'_'.join(map(str, detail['loc'])).upper()}: {detail['msg']}"
                 for detail in error.errors()
             ]
         ) from error

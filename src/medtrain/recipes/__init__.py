@@ -1,6 +1,7 @@
 """The list of systems, and `resolve`: from a name and overrides to one frozen `StageConfig`.
 
-A package of the user's own joins the list by an entry point of the group `medtrain.recipes`, whose name is the system
+A package of the user's own joins the list by an entry point of the group `medtrain.recipes`, whose
+name is the system
 and whose value is the `Recipe`, such as `retina = "my_retina.config:RECIPE"`.
 """
 
@@ -40,9 +41,14 @@ def recipes() -> Mapping[str, Recipe]:
     for entry in entry_points(group="medtrain.recipes"):
         recipe = entry.load()
         if not isinstance(recipe, Recipe):
-            raise ConfigError(f"entry point medtrain.recipes '{entry.name}' must be a Recipe, but is {entry.value}")
+            raise ConfigError(
+                f"entry point medtrain.recipes '{entry.name}' must be a Recipe, "
+                f"but is {entry.value}"
+            )
         if recipe.system in found:
-            raise ConfigError(f"entry point medtrain.recipes '{entry.name}' repeats the system '{recipe.system}'")
+            raise ConfigError(
+                f"entry point medtrain.recipes '{entry.name}' repeats the system '{recipe.system}'"
+            )
         found[recipe.system] = recipe
     return MappingProxyType(found)
 
@@ -55,11 +61,13 @@ class Resolution:
     recipe: Recipe
     stage: StageConfig
     origins: Mapping[str, str]
-    """Path → `default`, `recipe`, `overlay NAME`, `file PATH` or `override`, for every single value."""
+    """Path → `default`, `recipe`, `overlay NAME`, `file PATH` or `override`, for every single
+    value."""
 
 
 def find(name: RecipeName | str) -> tuple[RecipeName, Recipe]:
-    """The recipe that a name means; a ConfigError names the nearest system, variant, stage or overlay."""
+    """The recipe that a name means; a ConfigError names the nearest system, variant, stage or
+    overlay."""
     if isinstance(name, str):
         name = RecipeName.parse(name)
     recipe = recipes().get(name.system)
@@ -95,12 +103,15 @@ def resolve(
     stages = recipe.stages(name.variant)
     if name.stage is None:
         raise ConfigError(
-            f"name '{name}' must name a stage, one of: {', '.join(f'{name}:{stage}' for stage in stages)}"
+            f"name '{name}' must name a stage, one of: "
+            + ", ".join(f"{name}:{stage}" for stage in stages)
         )
     stage = stages[name.stage]
     assignments: list[Override] = []
     for overlay in name.overlays:
-        assignments += [parse_assignment(text, origin=f"overlay {overlay}") for text in recipe.overlays[overlay]]
+        assignments += [
+            parse_assignment(text, origin=f"overlay {overlay}") for text in recipe.overlays[overlay]
+        ]
     if file is not None:
         tree = {key: value for key, value in file.items() if key != "name"}
         assignments += flatten(tree, origin=f"file {file_name}")
@@ -140,7 +151,9 @@ def part(recipe: Recipe, module: Literal["task", "data", "metrics", "figures"]) 
     return import_module(f"{recipe.package}.{module}")
 
 
-def _origins(original: StageConfig, resolved: StageConfig, set_by: Mapping[str, str]) -> dict[str, str]:
+def _origins(
+    original: StageConfig, resolved: StageConfig, set_by: Mapping[str, str]
+) -> dict[str, str]:
     defaults = dict(leaves(_defaults(resolved)))
     origins = {}
     for path, value in leaves(dump(resolved)):
@@ -154,7 +167,8 @@ def _origins(original: StageConfig, resolved: StageConfig, set_by: Mapping[str, 
 
 
 def _defaults(model: Any) -> Any:
-    """The plain tree of `model` in which every field with a default has it, and no other field appears."""
+    """The plain tree of `model` in which every field with a default has it, and no other field
+    appears."""
 
     if isinstance(model, BaseModel):
         tree = {}
@@ -163,7 +177,9 @@ def _defaults(model: Any) -> Any:
             if isinstance(value, BaseModel | Mapping):
                 tree[info.alias or name] = _defaults(value)
             elif not info.is_required():
-                single = type(model).model_construct(**{name: info.get_default(call_default_factory=True)})
+                single = type(model).model_construct(
+                    **{name: info.get_default(call_default_factory=True)}
+                )
                 tree[info.alias or name] = single.model_dump(mode="json", include={name})[name]
         return tree
     return {key: _defaults(value) for key, value in model.items()}

@@ -17,7 +17,8 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class RecipeName:
-    """A parsed name. `variant` defaults to `default`; without a stage the whole pipeline is meant."""
+    """A parsed name. `variant` defaults to `default`; without a stage the whole pipeline is
+    meant."""
 
     system: str
     variant: str = "default"
@@ -72,7 +73,8 @@ Facts = Mapping[str, Any]
 class Rule:
     """A judgement about a resolved stage: a pure function of configuration and facts.
 
-    `check` returns a sentence where the rule has something to say, else None. `needs` names the facts without which it
+    `check` returns a sentence where the rule has something to say, else None. `needs` names the
+    facts without which it
     cannot judge; `supplied_by` is the command that writes them.
     """
 
@@ -105,7 +107,9 @@ class Gate:
 
     def accepts(self, value: float) -> bool:
         """Whether `value` is within the bound."""
-        return value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0.0)
+        return (
+            value <= self.at_most if self.at_most is not None else value >= (self.at_least or 0.0)
+        )
 
     def __str__(self) -> str:
         sign, bound = ("<=", self.at_most) if self.at_most is not None else (">=", self.at_least)

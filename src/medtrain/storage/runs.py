@@ -98,7 +98,9 @@ class RunDirectory:
     def uri(self) -> str:
         return self.store.uri
 
-    # ------------------------------------------------------------------------------------------------- documents
+    #
+    #
+    #
 
     def write_text(self, key: str, text: str) -> None:
         """Write a document whole."""
@@ -119,20 +121,31 @@ class RunDirectory:
         try:
             return json.loads(self.read_text(key))
         except ValueError as error:
-            raise StorageError(f"{self.uri}/{key} must be JSON, but is damaged ({error})") from error
+            raise StorageError(
+                f"{self.uri}/{key} must be JSON, but is damaged ({error})"
+            ) from error
 
-    # -------------------------------------------------------------------------------------------------- attempts
+    #
+    #
+    #
 
     def attempts(self) -> list[int]:
         """Numbers of all starts so far, ascending."""
         names = (info.key.removeprefix("attempts/") for info in self.store.list("attempts/"))
-        return sorted(int(name.removesuffix(".json")) for name in names if name.removesuffix(".json").isdigit())
+        return sorted(
+            int(name.removesuffix(".json"))
+            for name in names
+            if name.removesuffix(".json").isdigit()
+        )
 
     def claim_attempt(self, facts: Mapping[str, Any]) -> int:
-        """Become the run's writer: create the next attempt. The loser of a race takes the number after."""
+        """Become the run's writer: create the next attempt. The loser of a race takes the number
+        after."""
         number = (self.attempts() or [0])[-1] + 1
         record = {"host": socket.gethostname(), "time": now(), **facts}
-        while not self.store.create(f"attempts/{number}.json", json.dumps(record, indent=1).encode()):
+        while not self.store.create(
+            f"attempts/{number}.json", json.dumps(record, indent=1).encode()
+        ):
             number += 1
         return number
 
@@ -154,7 +167,8 @@ class RunDirectory:
         return AttemptEnd(**record) if record else None
 
     def fruitless_attempts(self) -> int:
-        """Starts in a row, counted from the newest, that failed without publishing a new checkpoint."""
+        """Starts in a row, counted from the newest, that failed without publishing a new
+        checkpoint."""
         count = 0
         for number in reversed(self.attempts()):
             end = self.attempt_end(number)
@@ -165,7 +179,9 @@ class RunDirectory:
             count += 1
         return count
 
-    # -------------------------------------------------------------------------------------------------- outcome
+    #
+    #
+    #
 
     def outcome(self) -> Outcome | None:
         """The final word, or None while there is none."""
@@ -175,7 +191,9 @@ class RunDirectory:
     def write_outcome(self, outcome: Outcome) -> Outcome:
         """Say the final word, once; whoever comes second gets the first one's word."""
         record = {**asdict(outcome), "time": outcome.time or now()}
-        if self.store.create("outcome.json", json.dumps(record, indent=1, allow_nan=False).encode()):
+        if self.store.create(
+            "outcome.json", json.dumps(record, indent=1, allow_nan=False).encode()
+        ):
             return Outcome(**record)
         existing = self.outcome()
         assert existing is not None
@@ -194,7 +212,9 @@ class RunDirectory:
         """Whether every artifact that a `done` outcome names is still there."""
         return all(self.store.exists(key) for key in outcome.artifacts.values())
 
-    # ------------------------------------------------------------------------------------------------ checkpoints
+    #
+    #
+    #
 
     def publish(self, pointer: Pointer) -> None:
         """Make a checkpoint exist, after its blob is stored."""
@@ -226,6 +246,8 @@ class RunDirectory:
         if path.exists() and sha256_of(path) == pointer.sha256:
             return path
         if not self.store.exists(pointer.key):
-            raise CheckpointError(f"{self.uri}/{pointer.key} is gone, though pointer '{pointer.name}' names it")
+            raise CheckpointError(
+                f"{self.uri}/{pointer.key} is gone, though pointer '{pointer.name}' names it"
+            )
         self.store.download(pointer.key, path, checksum=f"sha256:{pointer.sha256}")
         return path

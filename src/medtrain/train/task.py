@@ -60,7 +60,8 @@ class TaskContext:
     cache_path: Path
     """Node-local folder for decoded data; shared by the processes of a node, kept between runs."""
     weights: Mapping[str, Path | None]
-    """Pretrained weights by name, as `recipes/<system>/data.py` lists them; None: random initialisation was allowed."""
+    """Pretrained weights by name, as `recipes/<system>/data.py` lists them; None: random
+    initialisation was allowed."""
     allow_missing_weights: bool = False
     """A checkpoint will overwrite all weights, so pretrained ones need not be loaded."""
 
@@ -69,13 +70,16 @@ class Task(Protocol):
     """The five questions in which systems differ."""
 
     def build_model(self) -> nn.Module:
-        """A new model, with pretrained weights loaded where the configuration names them. Wrapping is the trainer's."""
+        """A new model, with pretrained weights loaded where the configuration names them. Wrapping
+        is the trainer's."""
 
     def build_loader(self, split: str, shard: Shard) -> DataLoader[Batch]:
-        """Batches of `stage.batch.micro` cases of `split` (`train`, `val`, `test`) for one process."""
+        """Batches of `stage.batch.micro` cases of `split` (`train`, `val`, `test`) for one
+        process."""
 
     def losses(self, model: nn.Module, batch: Batch, clock: Clock) -> dict[str, Tensor]:
-        """Named, unweighted scalar loss terms; the same names as `stage.losses`, whatever the epoch."""
+        """Named, unweighted scalar loss terms; the same names as `stage.losses`, whatever the
+        epoch."""
 
     def predict(self, model: nn.Module, batch: Batch, clock: Clock) -> list[Row]:
         """One row a case: `case_id`, plain numbers and small arrays."""

@@ -1,9 +1,10 @@
 """Recipe `cephalometric`: MAHT-Net, 19 landmarks on lateral cephalograms.
 
-Source: the training strategy document of MAHT-Net. Data: ISBI 2015 challenge, 400 films, 1935 x 2400 pixels of 0.1 mm.
-Three stages, each from the best checkpoint of the one before: `baseline` (frozen encoder, heatmaps), `transformer`
-(bottleneck, spatial attention, SSIM), `multitask` (gates, multi-scale fusion, coordinates). The document hopes for a
-mean radial error of at most 1.5 mm within 12 hours on one GPU; no figure on the true data has been measured here.
+Source: the training strategy document of MAHT-Net. Data: ISBI 2015 challenge, 400 films of
+1935 x 2400 pixels of 0.1 mm. Three stages, each from the best checkpoint of the one before:
+`baseline` (frozen encoder, heatmaps), `transformer` (bottleneck, spatial attention, SSIM),
+`multitask` (gates, multi-scale fusion, coordinates). The document hopes for a mean radial error
+of at most 1.5 mm within 12 hours on one GPU; no figure on the true data has been measured here.
 
     medtrain run cephalometric data.root=/data/isbi2015
     medtrain run cephalometric/small:baseline data.root=/data/isbi2015 epochs=20
@@ -54,19 +55,22 @@ class Augmentation(Section):
     brightness: float = Field(0.20, ge=0.0, lt=1.0)
     contrast: float = Field(0.15, ge=0.0, lt=1.0)
     flip: bool = False
-    """Mirror left and right. A lateral film has one facing side and no mirror pairs of landmarks: off."""
+    """Mirror left and right. A lateral film has one facing side and no mirror pairs of landmarks:
+    off."""
 
 
 class CephalometricData(Data):
     """ISBI 2015 films and how they reach the model."""
 
     protocol: Literal["holdout_5fold", "challenge", "temporal", "external"] = "holdout_5fold"
-    """20 % held out and five folds on the rest; the challenge's 150/150/100; by acquisition order; another root."""
+    """20 % held out and five folds on the rest; the challenge's 150/150/100; by acquisition order;
+    another root."""
     annotator: Literal["mean", "junior", "senior"] = "mean"
     """Whose landmarks are the truth. Published figures differ in this: every report names it."""
     landmarks: Literal["isbi19", "maht7"] = "isbi19"
     mm_per_pixel: float | None = Field(None, gt=0.0)
-    """Pixel size of the raw films; default: 0.1 for films of 1935 x 2400, else what the data set's dataset.json says."""
+    """Pixel size of the raw films; default: 0.1 for films of 1935 x 2400, else what the data set's
+    dataset.json says."""
     image_size: tuple[int, int] = (512, 512)
     """Height and width of the model's input; films are letterboxed. Multiples of 32."""
     augmentation: Augmentation = Augmentation()
@@ -84,7 +88,8 @@ class Encoder(Section):
     name: str = "efficientnet_b3"
     weights: Weights = Weights(hub_id="timm/efficientnet_b3.ra2_in1k")
     stem: Literal["sum_rgb", "repeat_rgb"] = "sum_rgb"
-    """How a gray film meets a stem trained on RGB: add up its weights, or repeat the film three times."""
+    """How a gray film meets a stem trained on RGB: add up its weights, or repeat the film three
+    times."""
 
 
 class Transformer(Section):
@@ -142,11 +147,15 @@ class CephalometricStage(StageConfig):
         problems = []
         unknown = sorted(set(self.losses) - set(LOSS_TERMS))
         if unknown:
-            problems.append(f"losses: {', '.join(unknown)} unknown; this system has {', '.join(LOSS_TERMS)}")
+            problems.append(
+                f"losses: {', '.join(unknown)} unknown; this system has {', '.join(LOSS_TERMS)}"
+            )
         if "coord" in self.losses and self.model.coord_head == "none":
             problems.append("losses.coord needs model.coord_head=gap_mlp or softargmax")
         if "consistency" in self.losses and self.model.coord_head != "gap_mlp":
-            problems.append("losses.consistency compares the heatmaps with model.coord_head=gap_mlp")
+            problems.append(
+                "losses.consistency compares the heatmaps with model.coord_head=gap_mlp"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -167,7 +176,8 @@ _CHECKPOINT = Checkpoint(
     monitor="best_mre",
 )
 
-# Learning rates: the document's "encoder 1e-5, transformer 1e-4". timm's EfficientNet stages 3 to 6 make the two
+# Learning rates: the document's "encoder 1e-5, transformer 1e-4". timm's EfficientNet stages 3 to
+# 6 make the two
 # deepest feature maps; the shallower ones thaw one after the other, every ten epochs.
 _THAWING = {
     "encoder_deep": ParamGroup(match=tuple(f"encoder.blocks.{n}.*" for n in (3, 4, 5, 6)), lr=1e-5),
@@ -177,7 +187,9 @@ _THAWING = {
     "encoder_stem": ParamGroup(match=("encoder.*",), lr=1e-5, starts_epoch=41),
 }
 _BOTTLENECK = ParamGroup(
-    match=("bottleneck.*",), lr=1e-4, schedule=ConstantSchedule(warmup=Duration(5, "epochs"), warmup_from=0.01)
+    match=("bottleneck.*",),
+    lr=1e-4,
+    schedule=ConstantSchedule(warmup=Duration(5, "epochs"), warmup_from=0.01),
 )
 _DECODER = ParamGroup(match=("decoder.*", "heatmap_head.*"), lr=1e-4)
 
@@ -206,7 +218,9 @@ def _stages(
         data=augmented(0.33),
         batch=batch,
         model=CephalometricModel(encoder=encoder, heatmap=heatmap),
-        optim=Optim(groups={"encoder": ParamGroup(match=("encoder.*",), lr=None), "decoder": _DECODER}),
+        optim=Optim(
+            groups={"encoder": ParamGroup(match=("encoder.*",), lr=None), "decoder": _DECODER}
+        ),
         losses={"heatmap": LossTerm()},
         early_stop=EarlyStop(patience=15, min_epochs=20),
         checkpoint=_CHECKPOINT,
@@ -214,9 +228,13 @@ def _stages(
     with_transformer = _merged(
         baseline,
         name=f"{prefix}:transformer",
-        init=Init(source="stage", stage="baseline", new_parts=("bottleneck.*", "decoder.*.attention.*")),
+        init=Init(
+            source="stage", stage="baseline", new_parts=("bottleneck.*", "decoder.*.attention.*")
+        ),
         data=augmented(0.66),
-        model=baseline.model.model_copy(update={"transformer": transformer, "attention": "spatial"}),
+        model=baseline.model.model_copy(
+            update={"transformer": transformer, "attention": "spatial"}
+        ),
         optim=Optim(groups={**_THAWING, "bottleneck": _BOTTLENECK, "decoder": _DECODER}),
         losses={"heatmap": LossTerm(), "ssim": LossTerm(weight=0.3)},
     )
@@ -234,7 +252,11 @@ def _stages(
         ),
         data=augmented(1.0),
         model=with_transformer.model.model_copy(
-            update={"attention": "gate", "fusion_channels": fusion_channels, "coord_head": "gap_mlp"}
+            update={
+                "attention": "gate",
+                "fusion_channels": fusion_channels,
+                "coord_head": "gap_mlp",
+            }
         ),
         optim=Optim(
             clip_norm=1.0,
@@ -274,7 +296,9 @@ def _seed_literal() -> Mapping[str, CephalometricStage]:
     """The document's words taken literally, for the doctor to look at."""
     stages = dict(_sized("seed_literal", Transformer()))
     for stage_name, stage in stages.items():
-        literal_heatmap = stage.model.heatmap.model_copy(update={"reduction": "mean", "beta": 0.0, "sigma": 2.0})
+        literal_heatmap = stage.model.heatmap.model_copy(
+            update={"reduction": "mean", "beta": 0.0, "sigma": 2.0}
+        )
         flipped = stage.data.augmentation.model_copy(update={"flip": True})
         changes: dict[str, object] = {
             "model": stage.model.model_copy(update={"heatmap": literal_heatmap}),
@@ -289,7 +313,8 @@ def _seed_literal() -> Mapping[str, CephalometricStage]:
 def _smoke() -> Mapping[str, CephalometricStage]:
     """Minutes on two CPU cores, on synthetic films: shows that everything works, not how well.
 
-    Weights start at random (said aloud), so the encoder is trained in every stage and learning rates are larger.
+    Weights start at random (said aloud), so the encoder is trained in every stage and learning
+    rates are larger.
     """
     stages = dict(
         _stages(
@@ -303,7 +328,10 @@ def _smoke() -> Mapping[str, CephalometricStage]:
         )
     )
     checkpoint = Checkpoint(
-        criteria={**_CHECKPOINT.criteria, "best_ema_mre": Criterion(metric="val_ema_mre_mm", mode="min")},
+        criteria={
+            **_CHECKPOINT.criteria,
+            "best_ema_mre": Criterion(metric="val_ema_mre_mm", mode="min"),
+        },
         monitor="best_mre",
     )
     parts = {
@@ -315,7 +343,10 @@ def _smoke() -> Mapping[str, CephalometricStage]:
     patterns["decoder"] = ("decoder.*", "heatmap_head.*")
     rates = {"baseline": 3e-3, "transformer": 1e-3, "multitask": 1e-3}
     for stage_name, stage in stages.items():
-        groups = {part: ParamGroup(match=patterns[part], lr=rates[stage_name]) for part in parts[stage_name]}
+        groups = {
+            part: ParamGroup(match=patterns[part], lr=rates[stage_name])
+            for part in parts[stage_name]
+        }
         stages[stage_name] = _merged(
             stage,
             epochs=12,
@@ -325,7 +356,10 @@ def _smoke() -> Mapping[str, CephalometricStage]:
                 clip_norm=1.0,
                 groups=groups,
                 schedule=CosineRestartsSchedule(
-                    first=Duration(12, "epochs"), warmup=Duration(1, "epochs"), warmup_from=0.1, floor=0.01
+                    first=Duration(12, "epochs"),
+                    warmup=Duration(1, "epochs"),
+                    warmup_from=0.1,
+                    floor=0.01,
                 ),
             ),
             early_stop=None,
@@ -351,7 +385,11 @@ RECIPE = Recipe(
         "smoke": _smoke(),
     },
     overlays={
-        "oom_rescue": ("batch.micro=2", "activation_checkpointing=[encoder.blocks.*]", "precision=bf16"),
+        "oom_rescue": (
+            "batch.micro=2",
+            "activation_checkpointing=[encoder.blocks.*]",
+            "precision=bf16",
+        ),
         "flip": ("data.augmentation.flip=true",),
     },
     gates={
