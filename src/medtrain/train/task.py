@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from medtrain.config import StageConfig
 from medtrain.data.cases import Row
+from medtrain.data.manifest import Case
 from medtrain.data.splits import SplitRow
 
 Batch = dict[str, Any]
@@ -53,10 +54,12 @@ class TaskContext:
     """All that a task may know: everything is on the local disk already."""
 
     stage: StageConfig
+    cases: Mapping[str, Case]
+    """The manifest's cases that `split` names, by case id."""
     split: Sequence[SplitRow]
     """The rows of the split table that this run uses."""
     data_path: Path
-    """Node-local root under which `SplitRow.files` lie."""
+    """Node-local root under which the cases' files lie."""
     cache_path: Path
     """Node-local folder for decoded data; shared by the processes of a node, kept between runs."""
     weights: Mapping[str, Path | None]

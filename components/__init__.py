@@ -1,0 +1,1 @@
+"""The verbs that Kubeflow Pipelines knows: a signature and one call each."""

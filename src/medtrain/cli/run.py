@@ -1,0 +1,155 @@
+"""`medtrain run` and `medtrain compile`: one stage, or a whole pipeline."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medtrain.errors import ConfigError
+
+Name = Annotated[str, typer.Argument(help="SYSTEM[/VARIANT][:STAGE][+OVERLAY…]", metavar="NAME")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Assignments; for a whole pipeline STAGE:KEY=VALUE concerns one stage alone.",
+        metavar="[KEY=VALUE]…",
+    ),
+]
+
+
+def run(
+    name: Name,
+    overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file of values, such as a run's config.yaml.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="Run of prepare to use; default: prepare data.root now.")
+    ] = "",
+    parent: Annotated[
+        str, typer.Option(help="Run to start from; default: the recipe's earlier stage.")
+    ] = "",
+    again: Annotated[bool, typer.Option(help="Run anew, whatever was finished before.")] = False,
+    again_number: Annotated[
+        int, typer.Option(help="Go on with the repetition of this number.", min=0)
+    ] = 0,
+    retry: Annotated[
+        bool, typer.Option(help="Take back a run's verdict and go on from its checkpoint.")
+    ] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(help="Run in spite of this rule of the doctor.")
+    ] = None,
+) -> None:
+    """Run a stage, or without a stage the whole pipeline. What is finished is not run twice.
+
+    [bold]Examples[/bold]
+
+      medtrain run cephalometric data.root=/data/isbi2015
+
+      medtrain run cephalometric:transformer data.root=/data/isbi2015 epochs=20
+
+      medtrain run cephalometric/small data.root=s3://bucket/isbi baseline:epochs=10
+    """
+    from medtrain.recipes import find
+    from medtrain.settings import settings
+
+    recipe_name, _ = find(name)
+    typer.echo(f"local state: {settings().home.absolute()}")
+    if again:
+        again_number = int(time.time())
+        typer.echo(f"repetition {again_number}: go on with it by --again-number {again_number}")
+    values = [*_values_of(config), *(overrides or [])]
+    if recipe_name.stage is None:
+        refused = {"--data": data, "--parent": parent, "--retry": retry, "--allow": allow}
+        given = [option for option, value in refused.items() if value]
+        if given:
+            raise ConfigError(f"{', '.join(given)} needs a stage: name it, such as {name}:baseline")
+        _run_pipeline(recipe_name.system, recipe_name.variant, values, again_number)
+        return
+    _run_chain(
+        name,
+        values,
+        data_uri=data,
+        parent_uri=parent,
+        again=again_number,
+        retry=retry,
+        allow=allow or [],
+    )
+
+
+def _values_of(config: Path | None) -> list[str]:
+    if config is None:
+        return []
+    from medtrain.overrides import file_as_assignments
+
+    return file_as_assignments(config)
+
+
+def _run_pipeline(system: str, variant: str, overrides: list[str], again: int) -> None:
+    from medtrain.pipelines import find_pipeline
+    from medtrain.pipelines.local import run_locally
+
+    run_locally(
+        find_pipeline(system), {"variant": variant, "overrides": overrides, "again": again}
+    )
+
+
+def _run_chain(
+    name: str,
+    overrides: list[str],
+    *,
+    data_uri: str,
+    parent_uri: str,
+    again: int,
+    retry: bool,
+    allow: list[str],
+) -> None:
+    """Run the stages before the named one where they are not finished, then it."""
+    from medtrain.flow import run_prepare, run_stage, say
+    from medtrain.recipes import chain, find
+
+    recipe_name, _ = find(name)
+    system = f"{recipe_name.system}/{recipe_name.variant}"
+    *earlier, stage = chain(recipe_name)
+    # An earlier stage is the recipe's own, on the same data: other values are the named stage's.
+    shared = [text for text in overrides if text.startswith(("data.", "job."))]
+    data_uri = data_uri or run_prepare(system, shared).uri
+    for earlier_stage in [] if parent_uri else earlier:
+        say(f"{system}:{earlier_stage} comes first")
+        result = run_stage(
+            f"{system}:{earlier_stage}", shared, data_uri=data_uri, parent_uri=parent_uri
+        )
+        parent_uri = result.uri
+    result = run_stage(
+        name,
+        overrides,
+        data_uri=data_uri,
+        parent_uri=parent_uri,
+        again=again,
+        allow=allow,
+        is_retry=retry,
+    )
+    for metric, value in sorted(result.outcome.metrics.items()):
+        say(f"{metric}={value:.6g}")
+    say(f"{system}:{stage} is done: {result.uri}")
+
+
+def compile_pipeline(
+    name: Annotated[str, typer.Argument(help="SYSTEM, or a component such as train_stage.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="YAML file to write.")],
+) -> None:
+    """Write a pipeline, or one component for other people's pipelines, as YAML for Kubeflow.
+
+    [bold]Examples[/bold]
+
+      medtrain compile cephalometric -o cephalometric.yaml
+
+      medtrain compile train_stage -o train_stage.yaml
+    """
+    from medtrain.pipelines import compile_to
+
+    compile_to(name, output)
+    typer.echo(f"wrote {output}")

@@ -1,0 +1,1 @@
+"""The pods' door: `python -m medtrain.worker`."""

@@ -1,0 +1,132 @@
+"""Jobs as processes of this machine, with a small program in the worker's place."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from medtrain.errors import JobFailed, JobNotFound
+from medtrain.launch.job import JobSpec
+from medtrain.launch.launcher import Manifest, wait
+from medtrain.launch.local import LocalLauncher
+from medtrain.storage.runs import AttemptEnd, Outcome, RunDirectory
+
+
+class ScriptLauncher(LocalLauncher):
+    """Runs `python -c` with the job's first argument."""
+
+    def render(self, job: JobSpec) -> Manifest:
+        return {"argv": [sys.executable, "-c", job.argv[0]], "env": dict(job.env)}
+
+
+@pytest.fixture
+def launcher(tmp_path: Path) -> ScriptLauncher:
+    return ScriptLauncher(tmp_path / "jobs")
+
+
+def job(tmp_path: Path, script: str, *, key: str = "k" * 32, attempts: int = 1) -> JobSpec:
+    return JobSpec(
+        name="system-stage-kkkkkkkk",
+        run_key=key,
+        run_uri=str(tmp_path / "run"),
+        argv=(script,),
+        env={"RUN": str(tmp_path / "run")},
+        attempts=attempts,
+    )
+
+
+def done(tmp_path: Path) -> str:
+    RunDirectory.open(str(tmp_path / "run"))
+    record = json.dumps({"state": "done", "metrics": {"x": 1.0}})
+    return (
+        "import os, pathlib; p = pathlib.Path(os.environ['RUN']); p.mkdir(exist_ok=True);"
+        f"print('hello'); (p / 'outcome.json').write_text({record!r})"
+    )
+
+
+def test_outcome_is_returned_and_lines_are_streamed(tmp_path, launcher) -> None:
+    lines: list[str] = []
+    spec = job(tmp_path, done(tmp_path))
+    launcher.submit(spec)
+    outcome = wait(launcher, spec, on_line=lines.append, poll_s=0.02)
+    assert outcome.metrics == {"x": 1.0}
+    assert lines == ["hello"]
+
+
+def test_failure_carries_the_recorded_reason_and_the_last_lines(tmp_path, launcher) -> None:
+    run = RunDirectory.open(str(tmp_path / "run"))
+    number = run.claim_attempt({})
+    run.end_attempt(number, AttemptEnd(42, "the data have no test cases"))
+    spec = job(tmp_path, "print('last words'); raise SystemExit(42)")
+    launcher.submit(spec)
+    with pytest.raises(JobFailed, match=r"no test cases[\s\S]*last words"):
+        wait(launcher, spec, on_line=lambda _: None, poll_s=0.02)
+
+
+def test_a_failed_outcome_is_believed_before_the_exit_code(tmp_path, launcher) -> None:
+    RunDirectory.open(str(tmp_path / "run")).write_outcome(Outcome("gave_up", "3 starts in a row"))
+    spec = job(tmp_path, "raise SystemExit(0)")
+    launcher.submit(spec)
+    with pytest.raises(JobFailed, match="gave up: 3 starts in a row"):
+        wait(launcher, spec, on_line=lambda _: None, poll_s=0.02)
+
+
+def test_only_code_200_is_started_again_and_not_for_ever(tmp_path, launcher) -> None:
+    script = "import os, pathlib; open(os.environ['RUN'] + '-starts', 'a').write('x'); raise SystemExit({})"
+    spec = job(tmp_path, script.format(200), attempts=2)
+    launcher.submit(spec)
+    with pytest.raises(JobFailed):
+        wait(launcher, spec, on_line=lambda _: None, poll_s=0.02)
+    assert len((tmp_path / "run-starts").read_text()) == 1 + 2 * spec.attempts
+
+    (tmp_path / "run-starts").unlink()
+    spec = job(tmp_path, script.format(42), key="m" * 32)
+    launcher.submit(spec)
+    with pytest.raises(JobFailed):
+        wait(launcher, spec, on_line=lambda _: None, poll_s=0.02)
+    assert len((tmp_path / "run-starts").read_text()) == 1
+
+
+def test_a_second_launcher_adopts_the_live_job(tmp_path, launcher) -> None:
+    script = "import os, time; open(os.environ['RUN'] + '-starts', 'a').write('x'); time.sleep(30)"
+    spec = job(tmp_path, script)
+    launcher.submit(spec)
+    while not (tmp_path / "run-starts").exists():
+        time.sleep(0.02)
+    second = ScriptLauncher(tmp_path / "jobs")
+    second.submit(spec)
+    assert second.status(spec.name).state == "running"
+    second.cancel(spec.name)
+    with pytest.raises(JobFailed):
+        wait(second, spec, on_line=lambda _: None, poll_s=0.02)
+    assert launcher.status(spec.name).state == "ended"
+    assert (tmp_path / "run-starts").read_text() == "x"
+
+
+def test_a_live_job_of_another_run_key_is_not_adopted(tmp_path, launcher) -> None:
+    first = job(tmp_path, "import time; time.sleep(30)")
+    launcher.submit(first)
+    pid = json.loads((tmp_path / "jobs" / f"{first.name}.json").read_text())["pid"]
+    other = job(tmp_path, done(tmp_path), key="o" * 32)
+    second = ScriptLauncher(tmp_path / "jobs")
+    second.submit(other)
+    assert wait(second, other, on_line=lambda _: None, poll_s=0.02).state == "done"
+    os.kill(pid, 15)
+    while launcher.status(first.name).state == "running":
+        time.sleep(0.02)
+
+
+def test_cancelling_an_unknown_job_is_an_error(launcher) -> None:
+    with pytest.raises(JobNotFound, match="none has this name"):
+        launcher.cancel("nobody")
+
+
+def test_the_local_job_is_the_worker_under_the_agents_environment(tmp_path) -> None:
+    spec = job(tmp_path, "train")
+    manifest = LocalLauncher(tmp_path).render(spec)
+    assert manifest["argv"][1:] == ["-m", "medtrain.worker", "train"]
+    assert manifest["env"]["PET_NPROC_PER_NODE"] == "1"
+    assert manifest["env"]["PET_STANDALONE"] == "1"
