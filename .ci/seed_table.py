@@ -1,4 +1,4 @@
-"""Write the README's table of the training documents' commands from tests/unit/seed_commands.yaml."""
+"""Write the README's table of the training documents' commands from seed_commands.yaml."""
 
 from __future__ import annotations
 

@@ -35,11 +35,11 @@ def train_stage(
     Returns:
         URI of the run.
     """
-    from medtrain.flow import overrides_for, run_stage
+    from medtrain.flow import run_stage
 
     result = run_stage(
         f"{recipe}/{variant}:{stage}",
-        overrides_for(stage, overrides),
+        overrides,
         data_uri=data,
         parent_uri=parent,
         again=again,

@@ -1,6 +1,6 @@
 """Cephalometric landmarks: three stages, each from the one before, judged and registered."""
 
-from typing import List
+from typing import List, NamedTuple
 
 from kfp import dsl
 
@@ -13,6 +13,9 @@ from medtrain.components.train_stage import train_stage
 from medtrain.pipelines.site import place
 
 
+Results = NamedTuple("Results", [("model", str), ("report", str)])
+
+
 @dsl.pipeline(name="cephalometric", description="Prepare, three stages, evaluate, gate, register")
 def cephalometric(
     variant: str = "default",
@@ -22,7 +25,7 @@ def cephalometric(
     trainer_image: str = TRAINER_IMAGE,
     site_config_map: str = "medtrain-site",
     site_secret: str = "medtrain-credentials",
-):
+) -> Results:
     """Train, judge and register MAHT-Net.
 
     Args:
@@ -33,6 +36,10 @@ def cephalometric(
         trainer_image: Image that trains, judges and registers.
         site_config_map: ConfigMap with the site's settings.
         site_secret: Secret with the site's credentials.
+
+    Returns:
+        `model` is `name:version` in the registry, or empty where the gate refused; `report` is
+        the URI of the page.
     """
     recipe = "cephalometric"
     site = {"config_map": site_config_map, "secret": site_secret}
@@ -63,3 +70,7 @@ def cephalometric(
         evaluation=judged.outputs["evaluation"], model=registered.outputs["model"]
     )
     place(summarized, name="report", image=trainer_image, **site)
+    return Results(
+        model=registered.outputs["model"],
+        report=summarized.outputs["report"],
+    )

@@ -38,7 +38,9 @@ def run_locally(pipeline: Any, arguments: dict[str, Any]) -> dict[str, Any]:
         warnings.catch_warnings(),
     ):
         # It judges an image by its name, and on this machine no image is used.
-        warnings.filterwarnings("ignore", message="You may be attemping to run a task", category=RuntimeWarning)
+        warnings.filterwarnings(
+            "ignore", message="You may be attemping to run a task", category=RuntimeWarning
+        )
         local.init(
             runner=local.SubprocessRunner(use_venv=False),
             pipeline_root=str((site.home / "kfp").absolute()),
@@ -53,7 +55,9 @@ def run_locally(pipeline: Any, arguments: dict[str, Any]) -> dict[str, Any]:
                 log_file.flush()
                 tail = "\n".join(log_path.read_text().splitlines()[-30:])
                 raise JobFailed(f"{error}\nLast lines of {log_path}:\n{tail}") from error
-            raise JobFailed(f"the pipeline stopped at the step above; whole log: {log_path}") from error
+            raise JobFailed(
+                f"the pipeline stopped at the step above; whole log: {log_path}"
+            ) from error
 
 
 @contextlib.contextmanager

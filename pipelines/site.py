@@ -22,7 +22,10 @@ def place(
     # A finished run answers at once by its run key: that is the only cache.
     task.set_caching_options(False)
     kubernetes.use_config_map_as_env(
-        task, config_map_name=config_map, config_map_key_to_env={key: key for key in SITE_KEYS}, optional=True
+        task,
+        config_map_name=config_map,
+        config_map_key_to_env={key: key for key in SITE_KEYS},
+        optional=True,
     )
     kubernetes.use_secret_as_env(
         task, secret_name=secret, secret_key_to_env={key: key for key in SECRET_KEYS}, optional=True

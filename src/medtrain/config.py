@@ -1,45 +1,64 @@
-"""What a training run is: the typed, frozen description of one stage, and the words that override
-it.
+"""What a training run is: the typed, frozen description of one stage.
 
 A `StageConfig` holds the science of a run and, in `job`, where and how fast it runs. Only the
-science is part
-of a run's identity: `identity()` leaves out `job` and every field declared with `location()`.
+science is part of a run's identity: `identity()` leaves out `job` and every other field declared
+with `location()`. The words that change a stage are in `overrides.py`.
 """
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from decimal import Decimal
 from types import UnionType
-from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
     PlainSerializer,
-    ValidationError,
     model_validator,
 )
 from pydantic.fields import FieldInfo
 
 from medtrain.errors import ConfigError
 
-# ----------------------------------------------------------------------------------------------
-# building blocks
-
 NAME_PATTERN = r"^[a-z0-9_]+$"
 """Names of metrics, loss terms, parameter groups and criteria: Katib's collector reads no other
 characters."""
 
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class FrozenDict(dict[Key, Value]):
+    """A dict that refuses changes, so that a frozen stage is frozen to its leaves, and hashable."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("a configuration is frozen: build another one, or use overrides")
+
+    __setitem__ = __delitem__ = __ior__ = _refuse
+    clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenDict, (dict(self),)
+
+
+Entries = Annotated[Mapping[Name, Value], AfterValidator(FrozenDict)]
+"""Named sections, such as parameter groups, in an order that is kept."""
 
 
 class Section(BaseModel):
@@ -51,13 +70,69 @@ class Section(BaseModel):
         populate_by_name=True,
         coerce_numbers_to_str=True,
         validate_default=True,
+        allow_inf_nan=False,
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _true_is_no_number(cls, data: Any) -> Any:
+        # Pydantic takes true for 1; as text it is refused where a number stands.
+        if not isinstance(data, Mapping):
+            return data
+        numeric = {
+            key
+            for name, field in cls.model_fields.items()
+            if bool not in scalars(field.annotation)
+            for key in (name, field.alias)
+        }
+        return {key: _spell_out(value) if key in numeric else value for key, value in data.items()}
+
+
+def _spell_out(value: Any) -> Any:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return [_spell_out(item) for item in value]
+    return value
+
+
+def alternatives(annotation: Any) -> Iterator[Any]:
+    """The members of a union, or the type itself, without the wrapping of `Annotated`."""
+    if get_origin(annotation) is Annotated:
+        yield from alternatives(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for argument in get_args(annotation):
+            yield from alternatives(argument)
+    else:
+        yield annotation
+
+
+def scalars(annotation: Any) -> Iterator[Any]:
+    """The types of the single values that a field holds, those inside its tuples included."""
+    for alternative in alternatives(annotation):
+        if get_origin(alternative) in (tuple, list):
+            for argument in get_args(alternative):
+                yield from scalars(argument)
+        elif get_origin(alternative) is Literal:
+            yield from (type(value) for value in get_args(alternative))
+        else:
+            yield alternative
 
 
 def location(default: Any = ..., **kwargs: Any) -> Any:
     """Declare a field that says *where* something is, not *what* it is: it is left out of a run's
     identity."""
     return Field(default, json_schema_extra={"hashed": False}, **kwargs)
+
+
+def ordered(default: Any = ..., **kwargs: Any) -> Any:
+    """Declare a dict whose order has a meaning: it is part of a run's identity."""
+    return Field(default, json_schema_extra={"ordered": True}, **kwargs)
+
+
+def key_of(name: str, field: FieldInfo) -> str:
+    """The key by which files and overrides call a field."""
+    return field.alias or name
 
 
 @dataclass(frozen=True)
@@ -68,9 +143,11 @@ class Duration:
     unit: Literal["epochs", "steps", "fraction"]
 
     def __str__(self) -> str:
+        # `repr` is the shortest text that reads back as the same number; Decimal keeps it exact.
+        amount = Decimal(repr(self.amount))
         if self.unit == "fraction":
-            return f"{self.amount * 100:g}%"
-        return f"{self.amount:g}{self.unit}"
+            return f"{_plain(amount * 100)}%"
+        return f"{_plain(amount)}{self.unit}"
 
     def in_steps(self, *, steps_per_epoch: int, total_steps: int) -> int:
         """The number of optimizer steps that this duration covers, rounded to the nearest."""
@@ -78,28 +155,59 @@ class Duration:
         return round(self.amount * scale)
 
 
-_DURATION = re.compile(r"(?P<amount>\d+(?:\.\d+)?) ?(?P<unit>%|epochs?|steps?)")
+def _plain(number: Decimal) -> str:
+    text = f"{number:f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+_DURATION = re.compile(r"(?P<amount>[0-9]+(?:\.[0-9]+)?) ?(?P<unit>%|epochs?|steps?)")
 
 
 def _parse_duration(value: object) -> Duration:
     if isinstance(value, Duration):
         return value
-    match = _DURATION.fullmatch(str(value))
-    if not match:
+    match = _DURATION.fullmatch(value) if isinstance(value, str) else None
+    if not match or not math.isfinite(float(match["amount"])):
         raise ValueError("must be a duration such as 5epochs, 500steps or 10%")
-    amount, unit = float(match["amount"]), match["unit"]
+    amount, unit = Decimal(match["amount"]), match["unit"]
     if unit == "%":
-        return Duration(amount / 100, "fraction")
-    return Duration(amount, "epochs" if unit.startswith("epoch") else "steps")
+        return Duration(float(amount / 100), "fraction")
+    return Duration(float(amount), "epochs" if unit.startswith("epoch") else "steps")
+
+
+def _not_zero(duration: Duration) -> Duration:
+    if duration.amount == 0:
+        raise ValueError("must be longer than nothing")
+    return duration
 
 
 DurationField = Annotated[
     Duration, BeforeValidator(_parse_duration), PlainSerializer(str, return_type=str)
 ]
 
-#
-#
-#
+
+def matching(pattern: str, words: str) -> Any:
+    """A validator of text; `words` complete the sentence "X must be ..."."""
+    compiled = re.compile(pattern)
+
+    def check(text: str) -> str:
+        if not compiled.fullmatch(text):
+            raise ValueError(f"must be {words}")
+        return text
+
+    return AfterValidator(check)
+
+
+Cpu = Annotated[
+    str, matching(r"[0-9]+(\.[0-9]+)?|[0-9]+m", "a number of cores such as 4, 0.5 or 500m")
+]
+Memory = Annotated[
+    str,
+    matching(r"[0-9]+(\.[0-9]+)?([KMGTP]i|[kMGTP])?", "an amount of memory such as 16Gi or 512Mi"),
+]
+FolderName = Annotated[
+    str, matching(r"[A-Za-z0-9][A-Za-z0-9._-]*", "letters, digits, dots, dashes and underscores")
+]
 
 
 class Init(Section):
@@ -119,14 +227,16 @@ class Init(Section):
 
     @model_validator(mode="after")
     def _stage_goes_with_source(self) -> Self:
-        if (self.source == "stage") != (self.stage is not None):
-            raise ValueError(
-                "init.stage names the earlier stage if, and only if, init.from is 'stage'"
-            )
-        if (self.new_parts or self.dropped_parts) and self.source != "stage":
-            raise ValueError(
-                "init.new_parts and init.dropped_parts have a meaning only with init.from=stage"
-            )
+        if self.source == "stage" and self.stage is None:
+            raise ValueError("stage must name the earlier stage, because from is 'stage'")
+        belongings = {
+            "stage=null": self.stage is not None,
+            "new_parts=[]": bool(self.new_parts),
+            "dropped_parts=[]": bool(self.dropped_parts),
+        }
+        if self.source != "stage" and any(belongings.values()):
+            cure = ", ".join(assignment for assignment, is_set in belongings.items() if is_set)
+            raise ValueError(f"from={self.source} starts from no earlier stage: set also {cure}")
         return self
 
 
@@ -147,7 +257,7 @@ class Data(Section):
 
     root: str = location("")
     """Folder or `s3://`, `gs://` URI of the raw data set, in its published layout."""
-    name: str | None = location(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: FolderName | None = location(None)
     """Names the data set's home under the storage root, where membership of splits is kept;
     default: from `root`."""
     protocol: Name = "holdout_5fold"
@@ -159,17 +269,16 @@ class Data(Section):
 class Batch(Section):
     """Cases per optimizer step, and per forward pass of one process."""
 
-    global_: int = Field(8, alias="global", ge=1)
-    micro: int = Field(4, ge=1)
+    global_: int = Field(8, alias="global", ge=1, le=10**6)
+    micro: int = Field(4, ge=1, le=10**6)
 
     def accumulation(self, world_size: int) -> int:
         """Forward passes per optimizer step and process; a ConfigError where `global` does not
         divide."""
         per_pass = self.micro * world_size
         if self.global_ % per_pass:
-            allowed = [
-                n for n in range(1, self.global_ + 1) if self.global_ % (n * world_size) == 0
-            ]
+            cases, rest = divmod(self.global_, world_size)
+            allowed = [n for n in range(1, 65) if not rest and cases % n == 0]
             advice = (
                 f"Set batch.micro to one of {allowed}, or another batch.global."
                 if allowed
@@ -185,6 +294,7 @@ class Batch(Section):
 class Warmup(Section):
     """Every schedule may begin with a linear warm-up."""
 
+    kind: str
     warmup: DurationField = Duration(0, "epochs")
     warmup_from: float = Field(0.0, ge=0.0, le=1.0)
     """Learning rate at the first step, as a part of the group's `lr`."""
@@ -208,7 +318,7 @@ class CosineRestartsSchedule(Warmup):
     """Cosines that start again: cycles of `first`, `first` x `factor`, ..."""
 
     kind: Literal["cosine_restarts"] = "cosine_restarts"
-    first: DurationField
+    first: Annotated[DurationField, AfterValidator(_not_zero)]
     factor: int = Field(1, ge=1)
     floor: float = Field(0.0, ge=0.0, le=1.0)
 
@@ -232,7 +342,7 @@ class ParamGroup(Section):
     """Parameters that share a learning rate. The first group whose pattern matches owns a
     parameter."""
 
-    match: tuple[str, ...]
+    match: tuple[str, ...] = Field(..., min_length=1)
     """Patterns (`*`, `?`) of parameter names of the model, such as `encoder.*`."""
     lr: float | None = Field(..., ge=0.0)
     """Learning rate; `null` freezes the group and keeps wholly frozen modules in `eval()`."""
@@ -244,11 +354,14 @@ class ParamGroup(Section):
     """Schedule; `null` takes `optim.schedule`."""
 
 
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
 class Optim(Section):
     """The optimizer and its parameter groups."""
 
     kind: Literal["adamw", "adam", "sgd"] = "adamw"
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: float = Field(1e-8, gt=0.0)
     momentum: float = Field(0.9, ge=0.0, lt=1.0)
     """For `sgd`."""
@@ -259,7 +372,14 @@ class Optim(Section):
     clip_norm: float | None = Field(None, gt=0.0)
     """Largest total gradient norm, over all groups; `null` does not clip."""
     schedule: Schedule = ConstantSchedule()
-    groups: Mapping[Name, ParamGroup]
+    groups: Entries[ParamGroup] = ordered(min_length=1)
+    """By name; a parameter belongs to the first group of which a pattern matches."""
+
+    @model_validator(mode="after")
+    def _something_is_trained(self) -> Self:
+        if all(group.lr is None for group in self.groups.values()):
+            raise ValueError("one of the groups must have a learning rate, but lr is null in all")
+        return self
 
 
 class LossTerm(Section):
@@ -269,6 +389,15 @@ class LossTerm(Section):
     starts_epoch: int = Field(1, ge=1)
     ends_epoch: int | None = Field(None, ge=1)
     """The term is out from this epoch on; `null`: never."""
+
+    @model_validator(mode="after")
+    def _ends_after_start(self) -> Self:
+        if self.ends_epoch is not None and self.ends_epoch <= self.starts_epoch:
+            raise ValueError(
+                f"ends_epoch must be after starts_epoch={self.starts_epoch}, "
+                f"but is {self.ends_epoch}"
+            )
+        return self
 
     def is_active(self, epoch: int) -> bool:
         """Whether the term counts in this epoch of the stage (1-based)."""
@@ -322,7 +451,7 @@ class Ema(Section):
 class Checkpoint(Section):
     """What is saved and kept. Only `criteria` and `monitor` are part of a run's identity."""
 
-    criteria: Mapping[Name, Criterion]
+    criteria: Entries[Criterion]
     """Best checkpoints to keep, by name; each is kept until a better one of the same name is
     durable."""
     monitor: Name
@@ -353,9 +482,9 @@ class Job(Section):
     processes: int = Field(1, ge=1)
     """Processes (one a GPU) on each node."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    cpu: str = "4"
+    cpu: Cpu = "4"
     """CPU request of each node, in Kubernetes' units."""
-    memory: str = "16Gi"
+    memory: Memory = "16Gi"
     """Memory request of each node, in Kubernetes' units."""
     threads: int = Field(1, ge=1)
     """OMP_NUM_THREADS of each process. Always set: one thread and two give different weights."""
@@ -385,14 +514,14 @@ class StageConfig(Section):
 
     name: str
     """`SYSTEM/VARIANT:STAGE`."""
-    seed: int = Field(42, ge=0)
-    epochs: int = Field(..., ge=1)
+    seed: int = Field(42, ge=0, lt=2**32)
+    epochs: int = Field(..., ge=1, le=10**6)
     init: Init = Init()
     data: Data
     batch: Batch = Batch()
     model: Section
     optim: Optim
-    losses: Mapping[Name, LossTerm]
+    losses: Entries[LossTerm]
     loss_weighting: FixedWeighting = FixedWeighting()
     validation: Validation = Validation()
     early_stop: EarlyStop | None = None
@@ -404,7 +533,7 @@ class StageConfig(Section):
     sync_batchnorm: bool = False
     """Share BatchNorm statistics over all processes."""
     checkpoint: Checkpoint
-    job: Job = Job()
+    job: Job = location(Job())
 
     @model_validator(mode="after")
     def _arithmetic_holds(self) -> Self:
@@ -418,12 +547,10 @@ class StageConfig(Section):
                 problems.append(
                     f"checkpoint.criteria uses {criterion.metric}, but ema is null: set ema.decay"
                 )
-        if not any(
-            term.is_active(epoch)
-            for epoch in range(1, self.epochs + 1)
-            for term in self.losses.values()
-        ):
-            problems.append("losses: no term is active in any epoch")
+        if all(term.starts_epoch > self.epochs for term in self.losses.values()):
+            problems.append(
+                f"one of the losses must be active within epochs={self.epochs}, but none is"
+            )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -436,337 +563,78 @@ class StageConfig(Section):
 
 StageT = TypeVar("StageT", bound=StageConfig)
 
-# -------------------------------------------------------------------------------------------
-# dumping and identity
-
 
 def dump(model: BaseModel) -> dict[str, Any]:
     """`model` as plain JSON types, under the names that overrides use."""
     return model.model_dump(mode="json", by_alias=True)
 
 
-def identity(stage: StageConfig) -> dict[str, Any]:
-    """What a run *is*: `dump(stage)` without `job` and without fields that only say where
-    something lies."""
+def identity(section: Section) -> dict[str, Any]:
+    """What a stage, or a part of one, *is*: its dump without the fields that only say where
+    something lies. Dicts whose order has a meaning become lists of pairs."""
+    return _hashed_part(section, dump(section))
 
-    def without_locations(value: Any) -> Any:
-        if isinstance(value, BaseModel):
-            fields = type(value).model_fields
-            return {
-                (info.alias or name): without_locations(getattr(value, name))
-                for name, info in fields.items()
-                if name != "job" and _is_hashed(info)
-            }
-        if isinstance(value, Mapping):
-            return {key: without_locations(item) for key, item in value.items()}
-        if isinstance(value, tuple | list):
-            return [without_locations(item) for item in value]
-        return str(value) if isinstance(value, Duration) else value
 
-    plain = without_locations(stage)
-    assert isinstance(plain, dict)
+def _hashed_part(section: BaseModel, plain: Mapping[str, Any]) -> dict[str, Any]:
+    part = {}
+    for name, field in type(section).model_fields.items():
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        if extra.get("hashed") is False:
+            continue
+        key = key_of(name, field)
+        value = _without_locations(getattr(section, name), plain[key])
+        part[key] = [list(pair) for pair in value.items()] if extra.get("ordered") else value
+    return part
+
+
+def _without_locations(value: Any, plain: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return _hashed_part(value, plain)
+    if isinstance(value, Mapping):
+        return {key: _without_locations(item, plain[key]) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_without_locations(item, other) for item, other in zip(value, plain, strict=True)]
     return plain
-
-
-def _is_hashed(info: FieldInfo) -> bool:
-    extra = info.json_schema_extra
-    return not (isinstance(extra, dict) and extra.get("hashed") is False)
 
 
 def digest(value: Any) -> str:
     """SHA-256 of plain JSON types, independent of the order of keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+    )
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+FLOAT = re.compile(r"[+-]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][+-]?[0-9]+)?$")
+"""What files and overrides read as a float: more than YAML 1.1, for which 1e-4 is text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `FLOAT` would read as a number, and keeps all text on one line."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = '"' if f"{text}.".splitlines() != [f"{text}."] else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _represent_text)
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("+-.0123456789"))
 
 
 def to_yaml(value: Any) -> str:
     """Plain types as YAML, in the order given."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-#
-#
-#
-_INTEGER = re.compile(r"[+-]?(0|[1-9]\d*)")
-_FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][+-]?\d+)?")
-_KEY_ERROR = "override key '{key}' must be names joined by dots, such as optim.groups.encoder.lr"
-_KEY_PART = re.compile(r'"([^"]+)"|([^."]+)')
-
-
-@dataclass(frozen=True)
-class Override:
-    """One assignment `key=value`, with where it came from."""
-
-    path: tuple[str, ...]
-    value: Any
-    origin: str
-
-    @property
-    def key(self) -> str:
-        return join_path(self.path)
-
-
-def parse_value(text: str) -> Any:
-    """The value of an assignment: null, true, false, numbers, YAML flow after `[` or `{`, else
-    text."""
-    if text in ("null", "true", "false"):
-        return {"null": None, "true": True, "false": False}[text]
-    if _INTEGER.fullmatch(text):
-        return int(text)
-    if _FLOAT.fullmatch(text):
-        return float(text)
-    if text[:1] in ("[", "{"):
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            problem = str(error).splitlines()[0]
-            raise ConfigError(
-                f"value '{text}' begins like a YAML list or mapping, but is none ({problem})"
-            ) from error
-    return text
-
-
-def split_key(key: str) -> tuple[str, ...]:
-    """Split at dots; a part with a dot stands in double quotes."""
-    parts: list[str] = []
-    position = 0
-    while True:
-        match = _KEY_PART.match(key, position)
-        if not match:
-            raise ConfigError(_KEY_ERROR.format(key=key))
-        parts.append(match[1] or match[2])
-        position = match.end()
-        if position == len(key):
-            return tuple(parts)
-        if key[position] != ".":
-            raise ConfigError(_KEY_ERROR.format(key=key))
-        position += 1
-
-
-def join_path(path: Sequence[str | int]) -> str:
-    """The inverse of `split_key`."""
-    return ".".join(f'"{part}"' if "." in str(part) else str(part) for part in path)
-
-
-def parse_assignment(text: str, *, origin: str = "override") -> Override:
-    """Parse `key=value`."""
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"override '{text}' must have the form key=value, such as epochs=20")
-    return Override(split_key(key.strip()), parse_value(value.strip()), origin)
-
-
-def apply_overrides(
-    stage: StageT, overrides: Sequence[Override], *, origins: dict[str, str] | None = None
-) -> StageT:
-    """Return `stage` with `overrides` applied in order; a ConfigError lists every mistake.
-
-    Args:
-        stage: The configuration to start from; its *full* dump is the base.
-        overrides: Assignments; setting a `kind` drops the former variant's fields, `null` removes
-        a dict entry.
-        origins: Filled with path → origin for every value that an override set.
-    """
-    tree = dump(stage)
-    problems: list[str] = []
-    for override in overrides:
-        problem = _assign(tree, type(stage), override)
-        if problem:
-            problems.append(problem)
-        elif origins is not None:
-            prefix = override.key
-            for path in [p for p in origins if p == prefix or p.startswith(prefix + ".")]:
-                del origins[path]
-            origins[prefix] = override.origin
-    try:
-        changed = type(stage).model_validate(tree)
-    except ValidationError as error:
-        problems.extend(explain(error, type(stage)))
-    if problems:
-        raise ConfigError(problems)
-    return changed
-
-
-def validate(stage_type: type[StageT], tree: Mapping[str, Any]) -> StageT:
-    """Build a stage from plain types; a ConfigError lists every mistake with its path and the
-    nearest key."""
-    try:
-        return stage_type.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError(explain(error, stage_type)) from error
-
-
-def _assign(tree: dict[str, Any], root: type[BaseModel], override: Override) -> str | None:
-    """Put one value into the plain tree; the answer is a problem in words, or None."""
-    node: Any = tree
-    *parents, last = override.path
-    for depth, part in enumerate(parents):
-        if not isinstance(node, dict):
-            return _no_child(override, override.path[:depth], part)
-        if node.get(part) is None:
-            known = _children(root, override.path[:depth], tree)
-            if known is not None and part not in known:
-                return _unknown(override.path[: depth + 1], known)
-            node[part] = {}
-        node = node[part]
-    if not isinstance(node, dict):
-        return _no_child(override, parents, last)
-    known = _children(root, tuple(parents), tree)
-    if known is not None and last not in known:
-        return _unknown(override.path, known)
-    if known is None and override.value is None:
-        if last not in node:
-            return _unknown(override.path, sorted(node))
-        del node[last]
-    elif known is None and last not in node:
-        # A new entry of a dict (a parameter group, a loss term) goes first: the first matching
-        # group wins.
-        existing = dict(node)
-        node.clear()
-        node[last] = override.value
-        node.update(existing)
-    elif last == "kind" and node.get("kind") != override.value:
-        node.clear()
-        node["kind"] = override.value
-    else:
-        node[last] = override.value
-    return None
-
-
-def _no_child(override: Override, parent: Sequence[str], part: str) -> str:
-    return f"{override.key}: '{join_path(parent)}' is a single value and has no '{part}'"
-
-
-def _unknown(path: Sequence[str], known: Sequence[str]) -> str:
-    nearest = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
-    hint = (
-        f"Did you mean '{join_path([*path[:-1], nearest[0]])}'?"
-        if nearest
-        else f"Known keys: {', '.join(known)}."
+def to_flow(value: Any) -> str:
+    """Plain types as YAML on one line."""
+    text = yaml.dump(
+        value,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=True,
+        width=2**31,
     )
-    return f"{join_path(path)} is not a key. {hint}"
-
-
-def _children(
-    root: type[BaseModel], path: Sequence[str], tree: Mapping[str, Any]
-) -> list[str] | None:
-    """The keys that may stand at `path`, or None where any key may (a dict)."""
-    kinds: list[Any] = [root]
-    node: Any = tree
-    for part in path:
-        node = node.get(part) if isinstance(node, Mapping) else None
-        following: list[Any] = []
-        for kind in kinds:
-            for alternative in _alternatives(kind):
-                if isinstance(alternative, type) and issubclass(alternative, BaseModel):
-                    for name, info in alternative.model_fields.items():
-                        if part in (name, info.alias):
-                            following.append(info.annotation)
-                elif get_origin(alternative) is not None and _is_mapping(alternative):
-                    following.append(get_args(alternative)[1])
-        kinds = following
-    alternatives = [a for kind in kinds for a in _alternatives(kind)]
-    if any(_is_mapping(a) for a in alternatives):
-        return None
-    models = [a for a in alternatives if isinstance(a, type) and issubclass(a, BaseModel)]
-    return list(
-        dict.fromkeys(
-            info.alias or name for model in models for name, info in model.model_fields.items()
-        )
-    )
-
-
-def _alternatives(annotation: Any) -> Iterator[Any]:
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        yield from _alternatives(get_args(annotation)[0])
-    elif origin in (Union, UnionType):
-        for argument in get_args(annotation):
-            yield from _alternatives(argument)
-    else:
-        yield annotation
-
-
-def _is_mapping(annotation: Any) -> bool:
-    origin = get_origin(annotation)
-    return isinstance(origin, type) and issubclass(origin, Mapping)
-
-
-def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """A pydantic error as sentences, one a mistake, each with the path as overrides write it."""
-    sentences = []
-    for detail in error.errors():
-        path = [str(part) for part in detail["loc"] if not _is_tag(str(part), root)]
-        if detail["type"] == "extra_forbidden":
-            known = _children(root, path[:-1], {}) or []
-            sentences.append(_unknown(path, known))
-            continue
-        message = detail["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
-        message = message[:1].lower() + message[1:]
-        given = detail.get("input")
-        what = join_path(path)
-        if detail["type"] == "value_error" and isinstance(given, Mapping):
-            sentences.append(f"{what}: {message}" if what else message)
-        else:
-            sentences.append(
-                f"{what}: {message}"
-                + ("" if detail["type"] == "missing" else f", but is {given!r}")
-            )
-    return sentences
-
-
-def _is_tag(part: str, root: type[BaseModel]) -> bool:
-    """Whether `part` is the tag that pydantic puts into the path of a discriminated union."""
-    return part in {"constant", "cosine", "cosine_restarts", "plateau"} and root is not None
-
-
-#
-#
-#
-
-
-def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a YAML configuration (for example a run's own `config.yaml`) as plain types."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path} cannot be read: {error}") from error
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config {path} is not YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise ConfigError(
-            f"--config {path} must hold keys and values, but holds {type(tree).__name__}"
-        )
-    return tree
-
-
-def flatten(
-    tree: Mapping[str, Any], *, origin: str, prefix: tuple[str, ...] = ()
-) -> list[Override]:
-    """A tree of plain types as assignments, so that a file speaks the same language as a command
-    line."""
-    overrides: list[Override] = []
-    items = sorted(tree.items(), key=lambda item: item[0] != "kind")
-    for key, value in items:
-        path = (*prefix, str(key))
-        if isinstance(value, Mapping) and value:
-            overrides.extend(flatten(value, origin=origin, prefix=path))
-        else:
-            overrides.append(Override(path, _number_if_numeric(value), origin))
-    return overrides
-
-
-def _number_if_numeric(value: Any) -> Any:
-    # YAML 1.1 reads 1e-4 as text.
-    return float(value) if isinstance(value, str) and _FLOAT.fullmatch(value) else value
-
-
-def leaves(tree: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """The single values of a plain tree, with their paths."""
-    if isinstance(tree, Mapping) and tree:
-        for key, value in tree.items():
-            yield from leaves(value, (*prefix, str(key)))
-    else:
-        yield join_path(prefix), tree
+    return text.removesuffix("\n").removesuffix("\n...")

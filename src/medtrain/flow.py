@@ -7,25 +7,26 @@ same run key; a run that is finished answers at once, a half finished one goes o
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any, Protocol
+from functools import cached_property, wraps
+from pathlib import Path
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import yaml
 
 from medtrain.config import Data, StageConfig, digest, identity
 from medtrain.data.manifest import Case, Manifest
-from medtrain.data.prepare import listing_fingerprint
-from medtrain.data.splits import Membership, SplitRow, fingerprint, select
+from medtrain.data.prepare import listing_fingerprint, load
+from medtrain.data.splits import SplitRow, fingerprint, is_test, is_trainable, select
 from medtrain.doctor.examine import blocking, examine
-from medtrain.errors import ConfigError, DataError, JobFailed
+from medtrain.errors import ConfigError, DataError, JobFailed, MedTrainError
 from medtrain.identity import code_fingerprint
 from medtrain.launch.job import build_job
 from medtrain.launch.launcher import Launcher, wait
 from medtrain.launch.local import LocalLauncher
+from medtrain.overrides import for_stage
 from medtrain.recipes import Resolution, find, part, resolve
 from medtrain.recipes.recipe import RecipeName
 from medtrain.settings import Settings, settings
@@ -78,39 +79,68 @@ def run_key(
     return digest(described)[:KEY_LENGTH]
 
 
+Answer = TypeVar("Answer")
+Words = ParamSpec("Words")
+
+
+def told(function: Callable[Words, Answer]) -> Callable[Words, Answer]:
+    """Let a component say its error in one line, before the pipeline's engine shows a trace."""
+
+    @wraps(function)
+    def run(*args: Words.args, **kwargs: Words.kwargs) -> Answer:
+        try:
+            return function(*args, **kwargs)
+        except MedTrainError as error:
+            if os.environ.get("MEDTRAIN_LINE_PREFIX"):
+                for line in f"error: {error}".splitlines():
+                    say(line)
+            raise
+
+    return run
+
+
 @dataclass(frozen=True)
 class PreparedData:
-    """What `prepare` left behind: a checked manifest and the membership of one protocol."""
+    """What `prepare` left behind: a checked manifest and the place of each of its cases."""
 
+    uri: str
+    """Run directory of `prepare`."""
     home: Store
     manifest: Manifest
     rows: tuple[SplitRow, ...]
-    """Membership up to the part that `prepare` saw; roles as stored."""
+    """One a case, with roles as recorded."""
     root: str
-    key: str
+    """The raw data set."""
 
     @classmethod
-    def load(cls, data_uri: str) -> PreparedData:
-        """Read what the `prepare` run at `data_uri` recorded."""
-        outcome = _finished(data_uri, verb="prepare")
-        facts = outcome.details
+    def load(cls, uri: str) -> PreparedData:
+        """Read what the `prepare` run at `uri` recorded."""
+        facts = _finished(uri, verb="prepare").details
         home = open_store(facts["home"])
-        manifest = Manifest.from_json(home.read(facts["manifest"]).decode())
-        membership = Membership.open(home, facts["protocol"])
-        rows = tuple(row for row in membership.rows if row.part <= facts["part"])
-        return cls(home, manifest, rows, facts["root"], facts["run_key"])
+        prepared = load(
+            home,
+            fingerprint=facts["fingerprint"],
+            protocol=facts["protocol"],
+            part=facts["part"],
+        )
+        return cls(uri, home, prepared.manifest, prepared.rows, facts["root"])
+
+    @property
+    def key(self) -> str:
+        """Run key of `prepare`."""
+        return key_of(self.uri)
 
     @cached_property
     def cases(self) -> dict[str, Case]:
         """Cases by id."""
-        return {case.case_id: case for case in self.manifest.cases}
+        return dict(self.manifest.by_id)
 
     def rows_for(self, data: Data, *, sealed: bool) -> tuple[SplitRow, ...]:
         """The rows that training (`sealed=False`) or evaluation uses, with roles of the fold."""
         chosen = [
             row
             for row in select(self.rows, fold=data.fold)
-            if row.role != "withheld" and (row.role not in ("train", "val")) == sealed
+            if (is_test(row.role) if sealed else is_trainable(row.role))
         ]
         if not chosen:
             what = "sealed test" if sealed else "training"
@@ -131,6 +161,7 @@ class Plan:
     key: str
     code: str
     argv: tuple[str, ...]
+    overrides: tuple[str, ...] = ()
     data: PreparedData | None = None
     rows: tuple[SplitRow, ...] = ()
     weights: Mapping[str, FoundWeights] = field(default_factory=dict)
@@ -203,8 +234,10 @@ def plan_prepare(name: str, overrides: Sequence[str] = (), *, again: int = 0) ->
     """
     recipe_name, recipe = find(name)
     first = next(iter(recipe.stages(recipe_name.variant)))
-    # Only `data` matters here, and an override of another stage's parts must not be judged by this one.
-    overrides = [text for text in overrides_for(first, overrides) if text.startswith("data.")]
+    # Only `data` matters: overrides of other stages' parts must not be judged by this one.
+    stages = tuple(recipe.stages(recipe_name.variant))
+    overrides = for_stage(overrides, first, stages=stages)
+    overrides = [text for text in overrides if text.startswith("data.")]
     resolution = resolve(f"{_without_stage(recipe_name)}:{first}", overrides)
     stage = resolution.stage
     if not stage.data.root:
@@ -223,7 +256,16 @@ def plan_prepare(name: str, overrides: Sequence[str] = (), *, again: int = 0) ->
         again=again,
     )
     argv = ["prepare", name, *_set_argv(overrides), *_again_argv(again), "--key", key]
-    return Plan("prepare", recipe_name, "prepare", stage, resolution, key, code, tuple(argv))
+    return Plan(
+        verb="prepare",
+        name=recipe_name,
+        stage_name="prepare",
+        stage=stage,
+        resolution=resolution,
+        key=key,
+        code=code,
+        argv=tuple(argv),
+    )
 
 
 def identity_of_data(data: Data) -> dict[str, Any]:
@@ -249,7 +291,10 @@ def plan_training(
         parent_uri: Run directory of the stage that this one starts from, if it starts from one.
         again: See `run_key`.
     """
-    resolution = resolve(name, overrides)
+    recipe_name, recipe = find(name)
+    stages = tuple(recipe.stages(recipe_name.variant))
+    overrides = for_stage(overrides, recipe_name.stage or "", stages=stages)
+    resolution = resolve(recipe_name, overrides)
     stage = resolution.stage
     parent = _parent(resolution, parent_uri)
     data = PreparedData.load(data_uri)
@@ -260,7 +305,7 @@ def plan_training(
     key = run_key(
         verb="train",
         config=identity(stage),
-        parents=[_key_of(parent)] if parent else [],
+        parents=[key_of(parent.uri)] if parent else [],
         data=fingerprint(rows),
         weights={part_name: found.digest for part_name, found in weights.items()},
         code=code,
@@ -269,20 +314,20 @@ def plan_training(
     argv = ["train", name, *_set_argv(overrides), "--data", data_uri]
     argv += ["--parent", parent_uri] if parent else []
     argv += [*_again_argv(again), "--key", key]
-    stage_name = resolution.name.stage or ""
     return Plan(
-        "train",
-        resolution.name,
-        stage_name,
-        stage,
-        resolution,
-        key,
-        code,
-        tuple(argv),
-        data,
-        rows,
-        weights,
-        parent,
+        verb="train",
+        name=resolution.name,
+        stage_name=resolution.name.stage or "",
+        stage=stage,
+        resolution=resolution,
+        key=key,
+        code=code,
+        argv=tuple(argv),
+        overrides=tuple(overrides),
+        data=data,
+        rows=rows,
+        weights=weights,
+        parent=parent,
     )
 
 
@@ -298,7 +343,7 @@ def plan_evaluation(run_uri: str, *, data_uri: str, again: int = 0) -> Plan:
     key = run_key(
         verb="evaluate",
         config=identity(resolution.stage),
-        parents=[_key_of(run)],
+        parents=[key_of(run.uri)],
         data=fingerprint(rows),
         weights={},
         code=code,
@@ -306,18 +351,17 @@ def plan_evaluation(run_uri: str, *, data_uri: str, again: int = 0) -> Plan:
     )
     argv = ["evaluate", "--run", run_uri, "--data", data_uri, *_again_argv(again), "--key", key]
     return Plan(
-        "evaluate",
-        resolution.name,
-        "evaluate",
-        resolution.stage,
-        resolution,
-        key,
-        code,
-        tuple(argv),
-        data,
-        rows,
-        {},
-        run,
+        verb="evaluate",
+        name=resolution.name,
+        stage_name="evaluate",
+        stage=resolution.stage,
+        resolution=resolution,
+        key=key,
+        code=code,
+        argv=tuple(argv),
+        data=data,
+        rows=rows,
+        parent=run,
     )
 
 
@@ -325,8 +369,9 @@ def _without_stage(name: RecipeName) -> RecipeName:
     return RecipeName(name.system, name.variant)
 
 
-def _key_of(run: RunDirectory) -> str:
-    return run.uri.rstrip("/").rpartition("/")[2]
+def key_of(run_uri: str) -> str:
+    """The run key, which is the last part of a run directory's URI."""
+    return run_uri.rstrip("/").rpartition("/")[2]
 
 
 def _parent(resolution: Resolution, parent_uri: str) -> RunDirectory | None:
@@ -354,21 +399,6 @@ def _weights(resolution: Resolution) -> dict[str, FoundWeights]:
         )
         for name, weights in wanted.items()
     }
-
-
-_FOR_ONE_STAGE = re.compile(r"(?P<stage>[a-z0-9_]+):(?P<assignment>[^=]+=.*)", re.DOTALL)
-
-
-def overrides_for(stage: str, overrides: Sequence[str]) -> list[str]:
-    """The assignments of a pipeline that concern `stage`: those without a stage's name, and its own."""
-    chosen = []
-    for text in overrides:
-        match = _FOR_ONE_STAGE.fullmatch(text)
-        if match is None:
-            chosen.append(text)
-        elif match["stage"] == stage:
-            chosen.append(match["assignment"])
-    return chosen
 
 
 def open_launcher(site: Settings) -> Launcher:
@@ -419,6 +449,7 @@ def retry(plan: Plan) -> None:
     RunDirectory.open(plan.run_uri).retract_verdict()
 
 
+@told
 def run_prepare(
     name: str, overrides: Sequence[str] = (), *, again: int = 0, **how: Any
 ) -> RunResult:
@@ -426,6 +457,7 @@ def run_prepare(
     return execute(plan_prepare(name, overrides, again=again), **how)
 
 
+@told
 def run_stage(
     name: str,
     overrides: Sequence[str] = (),
@@ -455,6 +487,7 @@ def run_stage(
     return execute(plan, **how)
 
 
+@told
 def run_evaluation(run_uri: str, *, data_uri: str, again: int = 0, **how: Any) -> RunResult:
     """Judge a trained stage on the sealed test split; the look is recorded and counted."""
     return execute(plan_evaluation(run_uri, data_uri=data_uri, again=again), **how)
@@ -467,3 +500,58 @@ def _facts(plan: Plan) -> dict[str, Any]:
         "num_train_cases": sum(row.role == "train" for row in plan.rows),
         "num_val_cases": sum(row.role == "val" for row in plan.rows),
     }
+
+
+@dataclass(frozen=True)
+class Registered:
+    """What the gate decided and what the registry holds now."""
+
+    model: str
+    """`name:version`, or empty where the gate refused."""
+    reason: str
+    metrics: Mapping[str, float]
+
+    def show(self, metrics: MetricSink) -> None:
+        """Show the verdict where a pipeline's user interface looks for metrics."""
+        for name, value in self.metrics.items():
+            metrics.log_metric(name, value)
+
+
+@told
+def run_registration(evaluation_uri: str) -> Registered:
+    """Apply the gate to an evaluated model and register it where it passes.
+
+    A refused model is no error: the pipeline ends well, and the report says why.
+    """
+    from medtrain.registry import register
+
+    registration = register(evaluation_uri)
+    verdict = registration.verdict
+    run = RunDirectory.open(evaluation_uri)
+    run.write_text("gate.json", verdict.to_json())
+    word = "accepted" if verdict.accepted else "refused"
+    say(f"gate {word}: {verdict.reason}")
+    model = registration.version.reference if registration.version else ""
+    if model:
+        say(f"registered {model}" if registration.is_new else f"registered before as {model}")
+    metrics = {"gate_accepted": float(verdict.accepted)}
+    if verdict.value is not None:
+        metrics[f"gate_{verdict.metric}"] = verdict.value
+    return Registered(model, verdict.reason, metrics)
+
+
+@told
+def run_report(run_uri: str, *, copy_to: str = "") -> str:
+    """Write the report of a run and of the stages that led to it; its URI.
+
+    Args:
+        run_uri: A run directory, such as an evaluation's.
+        copy_to: Local file that gets the same page.
+    """
+    from medtrain.report.page import write_report
+
+    page_uri = write_report(RunDirectory.open(run_uri))
+    if copy_to:
+        Path(copy_to).write_text(RunDirectory.open(run_uri).read_text("report.html"))
+    say(f"report: {page_uri}")
+    return page_uri

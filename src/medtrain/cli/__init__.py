@@ -52,7 +52,9 @@ def main() -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: what was finished is kept; the same command goes on from there\n")
+        sys.stderr.write(
+            "interrupted: what was finished is kept; the same command goes on from there\n"
+        )
         sys.exit(130)
 
 

@@ -172,4 +172,4 @@ def note(
     from medtrain.registry import note as note_version
 
     version = note_version(reference, text, author=author or getpass.getuser())
-    typer.echo(f"{version.reference} has {len(version.notes)} notes")
+    typer.echo(f"{version.reference} has {len(version.notes)} note(s)")

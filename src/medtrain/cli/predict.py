@@ -18,8 +18,9 @@ def predict(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for results.")] = Path(
         "predictions"
     ),
-    mm_per_pixel: Annotated[
-        float | None, typer.Option(help="Pixel size of the images, where it is not the model's.")
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="KEY=VALUE, such as the images' data.mm_per_pixel=0.1."),
     ] = None,
 ) -> None:
     """Predict on raw images: one table in original pixels and millimeters, one picture each.
@@ -30,7 +31,7 @@ def predict(
     """
     argv = [sys.executable, "-m", "medtrain.worker", "predict", str(package)]
     argv += [*map(str, images), "--out", str(out)]
-    argv += ["--mm-per-pixel", str(mm_per_pixel)] if mm_per_pixel else []
+    argv += [argument for text in set_ or [] for argument in ("--set", text)]
     code = subprocess.run(argv, check=False).returncode
     if code:
         raise JobFailed("no prediction was made; the line above says why")

@@ -92,9 +92,7 @@ def _run_pipeline(system: str, variant: str, overrides: list[str], again: int) -
     from medtrain.pipelines import find_pipeline
     from medtrain.pipelines.local import run_locally
 
-    run_locally(
-        find_pipeline(system), {"variant": variant, "overrides": overrides, "again": again}
-    )
+    run_locally(find_pipeline(system), {"variant": variant, "overrides": overrides, "again": again})
 
 
 def _run_chain(

@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medtrain.errors import DataError
-from medtrain.storage.uri import Store, sha256_of
+from medtrain.storage.files import writing
+from medtrain.storage.uri import Store, check_key, sha256_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,28 +86,6 @@ def local_path(store: Store) -> Path | None:
     return None if "://" in store.uri else Path(store.uri)
 
 
-def listing_fingerprint(root: Store, *, cache: Path) -> str:
-    """SHA-256 of what lies under `root`: keys, sizes, checksums. Equal content, equal fingerprint.
-
-    Buckets answer with their own checksums (the ETag or generation, where an object has none);
-    files of local folders are hashed once, see `HashCache`.
-
-    Args:
-        root: The raw data set.
-        cache: The node's cache folder.
-    """
-    folder, infos = local_path(root), root.list()
-    checksums = {info.key: info.checksum for info in infos}
-    if folder is not None:
-        unknown = {folder / key: key for key, checksum in checksums.items() if checksum is None}
-        found = HashCache(cache / "hashes.sqlite").checksums(unknown)
-        checksums |= {key: found[file] for file, key in unknown.items()}
-    content = [
-        (info.key, info.size, checksums[info.key] or f"version:{info.version}") for info in infos
-    ]
-    return hashlib.sha256(json.dumps(sorted(content)).encode()).hexdigest()
-
-
 @dataclass(frozen=True)
 class NodeCache:
     """Files and arrays that the processes of a node share."""
@@ -154,30 +132,24 @@ class NodeCache:
         digest = hashlib.sha256(key.encode()).hexdigest()
         file = self.path / "arrays" / digest[:2] / f"{digest}.npy"
         try:
-            return np.load(file, mmap_mode="r", allow_pickle=False)
+            return _mapped(file)
         except FileNotFoundError:
             pass
         except (ValueError, OSError):
             file.unlink(missing_ok=True)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as out:
-                np.save(out, np.ascontiguousarray(build()), allow_pickle=False)
-            os.replace(temporary, file)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-        return np.load(file, mmap_mode="r", allow_pickle=False)
+        with writing(file) as out:
+            np.save(out, np.ascontiguousarray(build()), allow_pickle=False)
+        return _mapped(file)
 
     def _verify_in_place(self, folder: Path, entries: Mapping[str, str | None]) -> None:
-        gone = [key for key in entries if not (folder / key).is_file()]
+        gone = {key for key in entries if not (folder / key).is_file()}
         hashed = {
             folder / key: key
             for key, expected in entries.items()
             if expected and expected.startswith("sha256:") and key not in gone
         }
         found = HashCache(self.path / "hashes.sqlite").checksums(hashed)
-        problems = [f"{key} is gone" for key in gone]
+        problems = [f"{key} is gone" for key in sorted(gone)]
         problems += [
             f"{key} has changed" for file, key in hashed.items() if found[file] != entries[key]
         ]
@@ -200,13 +172,8 @@ class NodeCache:
         from medtrain.storage.transfer import download_files
 
         folder = self.path / "files" / name
-        outside = [
-            key for key in entries if not (folder / key).resolve().is_relative_to(folder.resolve())
-        ]
-        if outside:
-            raise DataError(
-                f"{store.uri} must have keys that stay below it, but has {_listed(outside)}"
-            )
+        for key in entries:
+            check_key(key)
         folder.mkdir(parents=True, exist_ok=True)
         index_path = folder.with_name(f"{name}.index.json")
         with FileLock(folder.with_name(f"{name}.lock")):
@@ -219,10 +186,16 @@ class NodeCache:
             if missing:
                 download_files(store, missing, folder, progress=progress)
                 index |= {key: _state(folder / key, missing[key]) for key in missing}
-                temporary = index_path.with_suffix(".part")
-                temporary.write_text(json.dumps(index))
-                os.replace(temporary, index_path)
+                with writing(index_path) as out:
+                    out.write(json.dumps(index).encode())
         return folder
+
+
+def _mapped(file: Path) -> np.ndarray[Any, Any]:
+    import numpy as np
+
+    array: np.ndarray[Any, Any] = np.load(file, mmap_mode="r", allow_pickle=False)
+    return array
 
 
 def _read_index(path: Path) -> dict[str, list[Any]]:

@@ -17,6 +17,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from medtrain.data.manifest import Case
 from medtrain.errors import ConfigError, DataError
@@ -70,7 +71,8 @@ def splits_from_csv(text: str) -> list[SplitRow]:
     """Read what `splits_to_csv` wrote; a DataError where it is something else."""
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        return [SplitRow(**{**line, "part": int(line["part"])}) for line in reader]
+        rows: list[dict[str, Any]] = list(reader)
+        return [SplitRow(**{**row, "part": int(row["part"])}) for row in rows]
     except (KeyError, TypeError, ValueError, csv.Error) as error:
         names = ", ".join(field.name for field in fields(SplitRow))
         raise DataError(
@@ -261,15 +263,13 @@ def assign_roles(
     for case in cases:
         if case.group not in claims and case.group not in known_groups:
             new_groups[case.group].append(case)
-    settled = {
-        group: max(roles, key=lambda role: _claim(role, roles)) for group, roles in claims.items()
-    }
-    settled.update(deal(new_groups) if new_groups else {})
+    dealt = deal(new_groups) if new_groups else {}
+    settled = {group: _strongest(roles) for group, roles in claims.items()}
 
     rows = []
     for case in cases:
-        role = recorded.get(case.case_id) or given.get(case.case_id)
-        of_group = settled.get(case.group, WITHHELD)
+        role = recorded.get(case.case_id) or given.get(case.case_id) or dealt.get(case.group)
+        of_group = settled.get(case.group, dealt.get(case.group, WITHHELD))
         if role is None:
             role = WITHHELD if is_test(of_group) and of_group != "test" else of_group
         elif role != of_group and not is_test(role):
@@ -278,10 +278,13 @@ def assign_roles(
     return rows
 
 
-def _claim(role: str, counts: Mapping[str, int]) -> tuple[int, int, str]:
-    """How strongly `role` claims a group: by seal, then by number of cases, then by name."""
-    seal = 2 if is_test(role) else int(role != "train")
-    return seal, counts[role], role
+def _strongest(counts: Mapping[str, int]) -> str:
+    """The role that claims a group: by seal, then by number of cases, then by name."""
+
+    def claim(role: str) -> tuple[int, int, str]:
+        return 2 if is_test(role) else int(role != "train"), counts[role], role
+
+    return max(counts, key=claim)
 
 
 def draw_holdout(

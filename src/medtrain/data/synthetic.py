@@ -32,13 +32,18 @@ class Oddity:
     """Of that problem."""
 
 
-def plant(folder: Path, names: Sequence[str], oddities: Mapping[str, Oddity]) -> None:
-    """Plant oddities by name, in the order given; a ConfigError where one is unknown."""
+def check_oddities(names: Sequence[str], oddities: Mapping[str, Oddity]) -> None:
+    """A ConfigError where a name is not among the oddities."""
     for name in names:
         if name not in oddities:
             near = difflib.get_close_matches(name, oddities, n=1)
             hint = f"Did you mean '{near[0]}'? " if near else ""
             raise ConfigError(f"oddity '{name}' does not exist. {hint}Known: {', '.join(oddities)}")
+
+
+def plant(folder: Path, names: Sequence[str], oddities: Mapping[str, Oddity]) -> None:
+    """Plant oddities by name, in the order given; a ConfigError where one is unknown."""
+    check_oddities(names, oddities)
     for name in names:
         oddities[name].plant(folder)
 
@@ -82,5 +87,6 @@ def smooth_noise(
         (max(int(height / period), 1) + 3, max(int(width / period), 1) + 3), dtype=np.float32
     )
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-    noise = np.asarray(image, dtype=np.float32)
-    return (noise - noise.mean()) / max(float(noise.std()), 1e-6)
+    noise: NDArray[np.float32] = np.asarray(image, dtype=np.float32)
+    noise = noise - noise.mean()
+    return noise / np.float32(max(float(noise.std()), 1e-6))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 
 
-def derive_seed(purpose: str, *numbers: int) -> int:
-    """A 64-bit seed that differs for every purpose and every sequence of numbers."""
-    text = ":".join([purpose, *map(str, numbers)])
+def derive_seed(purpose: str, *parts: int | str) -> int:
+    """A 64-bit seed that differs for every purpose and every sequence of parts."""
+    text = ":".join([purpose, *map(str, parts)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 

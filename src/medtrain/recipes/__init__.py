@@ -1,8 +1,7 @@
 """The list of systems, and `resolve`: from a name and overrides to one frozen `StageConfig`.
 
 A package of the user's own joins the list by an entry point of the group `medtrain.recipes`, whose
-name is the system
-and whose value is the `Recipe`, such as `retina = "my_retina.config:RECIPE"`.
+name is the system and whose value is the `Recipe`, such as `retina = "my_retina.config:RECIPE"`.
 """
 
 from __future__ import annotations
@@ -14,20 +13,21 @@ from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
 from types import MappingProxyType, ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel
 
-from medtrain.config import (
+from medtrain.config import StageConfig, dump, key_of
+from medtrain.errors import ConfigError
+from medtrain.mistakes import join_path, shown
+from medtrain.overrides import (
     Override,
-    StageConfig,
     apply_overrides,
-    dump,
-    flatten,
+    file_as_overrides,
+    is_whole,
     leaves,
     parse_assignment,
 )
-from medtrain.errors import ConfigError
 from medtrain.recipes.cephalometric.config import RECIPE as CEPHALOMETRIC
 from medtrain.recipes.recipe import Recipe, RecipeName
 
@@ -39,7 +39,13 @@ def recipes() -> Mapping[str, Recipe]:
     """All systems, ours first, by name."""
     found = {recipe.system: recipe for recipe in _OURS}
     for entry in entry_points(group="medtrain.recipes"):
-        recipe = entry.load()
+        try:
+            recipe = entry.load()
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"entry point medtrain.recipes '{entry.name}' must be importable, but "
+                f"{entry.value} is not: {error}. Repair or uninstall its package."
+            ) from error
         if not isinstance(recipe, Recipe):
             raise ConfigError(
                 f"entry point medtrain.recipes '{entry.name}' must be a Recipe, "
@@ -55,7 +61,7 @@ def recipes() -> Mapping[str, Recipe]:
 
 @dataclass(frozen=True)
 class Resolution:
-    """A resolved stage, with the origin of every value that is not a plain default."""
+    """A resolved stage, with the origin of every value."""
 
     name: RecipeName
     recipe: Recipe
@@ -63,6 +69,12 @@ class Resolution:
     origins: Mapping[str, str]
     """Path → `default`, `recipe`, `overlay NAME`, `file PATH` or `override`, for every single
     value."""
+
+    @property
+    def original(self) -> StageConfig:
+        """The stage as the recipe has it, before overlays, file and overrides."""
+        assert self.name.stage is not None
+        return self.recipe.stages(self.name.variant)[self.name.stage]
 
 
 def find(name: RecipeName | str) -> tuple[RecipeName, Recipe]:
@@ -108,27 +120,41 @@ def resolve(
         )
     stage = stages[name.stage]
     assignments: list[Override] = []
+    problems: list[str] = []
     for overlay in name.overlays:
         assignments += [
             parse_assignment(text, origin=f"overlay {overlay}") for text in recipe.overlays[overlay]
         ]
     if file is not None:
+        if is_whole(file) and file["name"] != stage.name:
+            problems.append(
+                f"{file_name} must be a configuration of '{stage.name}', but is one of "
+                f"{shown(file['name'])}. Name that stage, or take the line 'name' out of the file."
+            )
         tree = {key: value for key, value in file.items() if key != "name"}
-        assignments += flatten(tree, origin=f"file {file_name}")
-    problems = []
+        assignments += file_as_overrides(tree, origin=f"file {file_name}", replaces=is_whole(file))
     for text in overrides:
         try:
             assignments.append(parse_assignment(text))
         except ConfigError as error:
             problems += error.problems
-    set_by: dict[str, str] = {}
+    set_by: dict[tuple[str, ...], str] = {}
     try:
         resolved = apply_overrides(stage, assignments, origins=set_by)
     except ConfigError as error:
         raise ConfigError([*problems, *error.problems]) from error
+    problems += _wrong_start(resolved, name.stage, tuple(stages))
     if problems:
         raise ConfigError(problems)
     return Resolution(name, recipe, resolved, _origins(stage, resolved, set_by))
+
+
+def _wrong_start(resolved: StageConfig, stage: str, stages: tuple[str, ...]) -> list[str]:
+    earlier = stages[: stages.index(stage)]
+    if resolved.init.stage is None or resolved.init.stage in earlier:
+        return []
+    allowed = f"one of {', '.join(earlier)}" if earlier else "null, as this is the first stage"
+    return [f"init.stage must be {allowed}, but is '{resolved.init.stage}'."]
 
 
 def chain(name: RecipeName | str) -> tuple[str, ...]:
@@ -143,46 +169,69 @@ def chain(name: RecipeName | str) -> tuple[str, ...]:
     return tuple(order)
 
 
-def part(recipe: Recipe, module: Literal["task", "data", "metrics", "figures"]) -> ModuleType:
+def part(recipe: Recipe, module: Literal["task", "data", "metrics", "evaluation"]) -> ModuleType:
     """A module of the recipe's package, found by convention: the project's only dynamic import.
 
-    `task` imports torch; `data`, `metrics` and `figures` do not.
+    `task` imports torch; the others do not.
     """
     return import_module(f"{recipe.package}.{module}")
 
 
 def _origins(
-    original: StageConfig, resolved: StageConfig, set_by: Mapping[str, str]
+    original: StageConfig, resolved: StageConfig, set_by: Mapping[tuple[str, ...], str]
 ) -> dict[str, str]:
-    defaults = dict(leaves(_defaults(resolved)))
+    recipe_values = dict(leaves(dump(original)))
+    default_values = dict(leaves(_defaults(resolved)))
     origins = {}
     for path, value in leaves(dump(resolved)):
-        parts = path.split(".")
-        prefixes = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-        origin = next((set_by[prefix] for prefix in prefixes if prefix in set_by), None)
-        if origin is None:
-            origin = "default" if path in defaults and defaults[path] == value else "recipe"
-        origins[path] = origin
+        if path in set_by:
+            origin = set_by[path]
+        elif path in default_values and default_values[path] == value:
+            origin = "default"
+        else:
+            assert recipe_values[path] == value
+            origin = "recipe"
+        origins[join_path(path)] = origin
     return origins
 
 
-def _defaults(model: Any) -> Any:
-    """The plain tree of `model` in which every field with a default has it, and no other field
-    appears."""
+_ABSENT = object()
 
-    if isinstance(model, BaseModel):
-        tree = {}
-        for name, info in type(model).model_fields.items():
-            value = getattr(model, name)
-            if isinstance(value, BaseModel | Mapping):
-                tree[info.alias or name] = _defaults(value)
-            elif not info.is_required():
-                single = type(model).model_construct(
-                    **{name: info.get_default(call_default_factory=True)}
-                )
-                tree[info.alias or name] = single.model_dump(mode="json", include={name})[name]
-        return tree
-    return {key: _defaults(value) for key, value in model.items()}
+
+def _defaults(section: BaseModel, given: Any = None) -> dict[str, Any]:
+    """The plain tree of those values of `section` that have a default, each with it.
+
+    `given` is the plain default that the field above has for the section as a whole.
+    """
+    tree: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        key, value = key_of(name, field), getattr(section, name)
+        default: Any = _ABSENT
+        if isinstance(given, Mapping):
+            default = given.get(key, _ABSENT)
+        elif not field.is_required():
+            raw = field.get_default(call_default_factory=True)
+            single = type(section).model_construct(**{name: raw})
+            default = single.model_dump(mode="json", by_alias=True, include={name})[key]
+        if isinstance(value, BaseModel):
+            tree[key] = _defaults_below(value, default)
+        elif isinstance(value, Mapping) and all(isinstance(v, BaseModel) for v in value.values()):
+            entries = default if isinstance(default, Mapping) else {}
+            tree[key] = {k: _defaults_below(v, entries.get(k)) for k, v in value.items()}
+        elif default is not _ABSENT:
+            tree[key] = default
+    return tree
+
+
+def _defaults_below(section: BaseModel, default: Any) -> dict[str, Any]:
+    kind = getattr(section, "kind", None)
+    if isinstance(default, Mapping) and default.get("kind") == kind:
+        return _defaults(section, default)
+    tree = _defaults(section)
+    field = type(section).model_fields.get("kind")
+    if field is not None and get_args(field.annotation) == (kind,):
+        del tree["kind"]  # somebody chose this kind; its own class has no other
+    return tree
 
 
 def _no_such(what: str, given: str, known: Mapping[str, Any]) -> str:

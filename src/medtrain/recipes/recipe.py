@@ -11,7 +11,10 @@ from medtrain.config import StageConfig
 from medtrain.errors import ConfigError
 
 _NAME = re.compile(
-    r"(?P<system>[a-z][a-z0-9_]*)(/(?P<variant>[a-z0-9_]+))?(:(?P<stage>[a-z0-9_]+))?(?P<overlays>(\+[a-z0-9_]+)*)"
+    r"(?P<system>[a-z][a-z0-9_]*)"
+    r"(/(?P<variant>[a-z0-9_]+))?"
+    r"(:(?P<stage>[a-z0-9_]+))?"
+    r"(?P<overlays>(\+[a-z0-9_]+)*)"
 )
 
 
@@ -63,27 +66,39 @@ class NotEvaluated:
     rule: str
     fact: str
     command: str
+    stage: str = ""
 
 
 Facts = Mapping[str, Any]
-"""What is known beyond the configuration: parameter counts, properties of the data, probes."""
+"""What is known beyond the configuration: parameter counts, properties of the data, probes.
+
+The doctor adds `original_stage`, the stage as the recipe has it without overlays and overrides.
+"""
+
+
+def always(stage: StageConfig) -> bool:
+    """Say that a rule concerns every stage."""
+    return True
 
 
 @dataclass(frozen=True)
 class Rule:
     """A judgement about a resolved stage: a pure function of configuration and facts.
 
-    `check` returns a sentence where the rule has something to say, else None. `needs` names the
-    facts without which it
-    cannot judge; `supplied_by` is the command that writes them.
+    A rule whose severity depends on the case is several rows with one id.
     """
 
     id: str
     severity: Severity
     title: str
     check: Callable[[StageConfig, Facts], str | None]
+    """A sentence where the rule has something to say, with what to do about it; else None."""
     needs: tuple[str, ...] = ()
+    """Facts without which it cannot judge."""
     supplied_by: str = ""
+    """The command that writes them; `{name}` stands for the stage's name."""
+    applies: Callable[[StageConfig], bool] = always
+    """Whether it concerns a stage at all; where not, absent facts are not missed."""
 
 
 @dataclass(frozen=True)
@@ -139,3 +154,12 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.package:
             object.__setattr__(self, "package", f"medtrain.recipes.{self.system}")
+        for variant, stages in self.variants.items():
+            earlier: list[str] = []
+            for stage_name, stage in stages.items():
+                if stage.init.stage is not None and stage.init.stage not in earlier:
+                    raise ConfigError(
+                        f"init.stage of {stage.name} must be an earlier stage of {variant}, "
+                        f"but is '{stage.init.stage}'"
+                    )
+                earlier.append(stage_name)

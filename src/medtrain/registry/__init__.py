@@ -5,16 +5,15 @@ from medtrain.registry.models import (
     CANDIDATE,
     CHAMPION,
     RegisteredVersion,
-    Registration,
     find_version,
     list_models,
     model_name,
     note,
     promote,
     pull,
-    register,
 )
 from medtrain.registry.package import Package, verify_package, write_package
+from medtrain.registry.registration import Registration, register
 
 __all__ = [
     "CANDIDATE",

@@ -97,8 +97,17 @@ class Evaluation:
             key = f"cases/{attempt}/test.csv"
             if self.run.store.exists(key):
                 rows = drop_doubled(rows_from_csv(self.run.read_text(key)))
-                return {row["case_id"]: row for row in rows}
+                return self._of_known_cases({row["case_id"]: row for row in rows}, key)
         raise RegistryError(f"{self.uri} must hold cases/<attempt>/test.csv, but does not")
+
+    def _of_known_cases(self, results: dict[str, Row], key: str) -> dict[str, Row]:
+        unknown = sorted(set(results) - {row.case_id for row in self.tested})
+        if unknown:
+            raise RegistryError(
+                f"{self.uri}/{key} must be about cases of split.csv, but {len(unknown)} of its "
+                f"{len(results)} cases are not there"
+            )
+        return results
 
     def today(self) -> tuple[SplitRow, ...]:
         """The data set's membership as it is now."""

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from medtrain.data.cases import Row
-from medtrain.data.splits import SplitRow, is_trainable
+from medtrain.data.splits import SplitRow, is_trainable, join_groups
 from medtrain.recipes.recipe import Gate
 from medtrain.stats import Interval, cluster_bootstrap
 
@@ -70,34 +71,17 @@ class GateVerdict:
         return cls(**record, difference=Interval(**difference) if difference else None)
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Which cases belong together, as all tables together know it: groups join and never part."""
+def groups_of(tables: Iterable[Sequence[SplitRow]]) -> dict[str, str]:
+    """The group of every case as all tables together know it: groups join and never part.
 
-    _parents: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, tables: Sequence[Sequence[SplitRow]]) -> Groups:
-        """Join what any of `tables` joins; a group's name means something within its table."""
-        groups = cls()
-        for number, table in enumerate(tables):
-            for row in table:
-                groups._join(("case", row.case_id), ("group", str(number), row.group))
-        return groups
-
-    def __getitem__(self, case_id: str) -> str:
-        """The name of a case's group: equal for cases of one group, and for no others."""
-        return "/".join(self._root(("case", case_id)))
-
-    def _root(self, node: tuple[str, ...]) -> tuple[str, ...]:
-        while (parent := self._parents.get(node, node)) != node:
-            self._parents[node] = self._parents.get(parent, parent)
-            node = parent
-        return node
-
-    def _join(self, first: tuple[str, ...], second: tuple[str, ...]) -> None:
-        roots = sorted((self._root(first), self._root(second)))
-        self._parents[roots[1]] = roots[0]
+    A group's name means something only within its table, so the answer has names of its own.
+    """
+    together = defaultdict(set)
+    for number, table in enumerate(tables):
+        for row in table:
+            together[number, row.group].add(row.case_id)
+    cases = {case_id for members in together.values() for case_id in members}
+    return join_groups({case_id: case_id for case_id in cases}, together.values())
 
 
 def decide(
@@ -120,7 +104,7 @@ def decide(
     tables = [today, challenger.fitted, challenger.tested]
     if champion is not None:
         tables += [champion.fitted, champion.tested]
-    groups = Groups.of(tables)
+    groups = groups_of(tables)
     sealed = _sealed_cases(challenger, groups)
     value = _bounded_value(gate, challenger, sealed, summarize)
     leaked = len(challenger.results) - len(sealed)
@@ -141,18 +125,14 @@ def decide(
     reached = f"{gate.metric} is {value:.6g} on {where}: {gate} is reached"
     if champion is None:
         return verdict(accepted=True, reason=f"{reached}; there is no champion to beat")
-    if champion.is_synthetic and not challenger.is_synthetic:
+    if champion.is_synthetic != challenger.is_synthetic:
+        # A demonstration must neither keep a model of real data out nor take its place.
+        kinds = "SYNTHETIC", "real"
+        mine, its = kinds if challenger.is_synthetic else kinds[::-1]
         return verdict(
-            accepted=True,
-            reason=f"{reached}; the champion, version {champion.version}, knows synthetic data "
-            "only and is not compared",
-            champion_version=champion.version,
-        )
-    if challenger.is_synthetic and not champion.is_synthetic:
-        return verdict(
-            accepted=False,
-            reason=f"a model of synthetic data cannot challenge version {champion.version}, the "
-            "champion, which knows real data",
+            accepted=champion.is_synthetic,
+            reason=f"{reached}; this model is of {mine} data and the champion, version "
+            f"{champion.version}, of {its} data: they are not compared, and real data win",
             champion_version=champion.version,
         )
     return _compare(gate, challenger, champion, groups, summarize, verdict)
@@ -162,7 +142,7 @@ def _compare(
     gate: Gate,
     challenger: Contender,
     champion: Contender,
-    groups: Groups,
+    groups: Mapping[str, str],
     summarize: Summarize,
     verdict: Callable[..., GateVerdict],
 ) -> GateVerdict:
@@ -172,16 +152,16 @@ def _compare(
     same = [case_id for case_id in both if former.get(case_id) == present.get(case_id)]
     sealed = _sealed_cases(challenger, groups) & _sealed_cases(champion, groups)
     common = [case_id for case_id in same if case_id in sealed]
-    grounds = {"champion_version": champion.version, "num_cases": len(common)}
+    grounds: dict[str, Any] = {"champion_version": champion.version, "num_cases": len(common)}
     if len(common) < gate.min_cases:
         return verdict(
             accepted=False,
             reason=f"{len(common)} cases are sealed from this model and from the champion, version "
-            f"{champion.version}, and {gate.min_cases} are needed to compare them: "
-            f"{len(challenger.results)} test cases here, {len(champion.results)} there, {len(both)} "
-            f"in both, {len(both) - len(same)} of these changed since, {len(same) - len(common)} of "
-            "a group that one of the two was fitted on. Add test cases, or take the alias "
-            "'champion' away in MLflow if that model is to be judged no longer.",
+            f"{champion.version}, and {gate.min_cases} are needed to compare them. Of "
+            f"{len(challenger.results)} test cases here and {len(champion.results)} there, "
+            f"{len(both)} are in both, {len(both) - len(same)} of these changed since, and "
+            f"{len(same) - len(common)} are of a group that one of the two was fitted on. Add test "
+            "cases, or take the alias 'champion' away in MLflow to retire that model",
             **grounds,
         )
     ours = _metric(gate, [challenger.results[case_id] for case_id in common], summarize)
@@ -210,7 +190,7 @@ def _compare(
     )
 
 
-def _sealed_cases(model: Contender, groups: Groups) -> set[str]:
+def _sealed_cases(model: Contender, groups: Mapping[str, str]) -> set[str]:
     """The cases of the model's results that are sealed from it."""
     known = {groups[row.case_id] for row in model.fitted if is_trainable(row.role)}
     return {case_id for case_id in model.results if groups[case_id] not in known}
@@ -237,7 +217,7 @@ def _difference(
     challenger: Contender,
     champion: Contender,
     common: Sequence[str],
-    groups: Groups,
+    groups: Mapping[str, str],
     summarize: Summarize,
 ) -> Interval | None:
     of_case = [groups[case_id] for case_id in common]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
@@ -18,22 +18,36 @@ from medtrain.storage.uri import ObjectDamaged, ObjectInfo
 PART_SIZE = 16 * 1024 * 1024
 """Bytes of one request; a larger object is fetched in parallel parts."""
 _PARALLEL_PARTS = 8
+_TRIES = 6
 
+T = TypeVar("T")
 Sink = Callable[[bytes], None]
 
 
 class Interrupted(Exception):
-    """The body of an answer ended early: what is missing can be asked for again."""
+    """An answer broke off: what is missing can be asked for again."""
 
 
-def patiently() -> Retrying:
-    """A bounded number of tries of what may be `Interrupted`, with growing pauses."""
-    return Retrying(
+def patiently(call: Callable[[], T], *, what: str) -> T:
+    """Try what may be Interrupted a bounded number of times, with growing pauses.
+
+    Args:
+        call: What to try.
+        what: The object's URI, for the StorageError of the last try.
+    """
+    retrying = Retrying(
         retry=retry_if_exception_type(Interrupted),
-        stop=stop_after_attempt(6),
+        stop=stop_after_attempt(_TRIES),
         wait=wait_random_exponential(multiplier=0.1, max=5),
         reraise=True,
     )
+    try:
+        return retrying(call)
+    except Interrupted as error:
+        raise StorageError(
+            f"{what} cannot be read or written in full: {_TRIES} tries in a row broke off "
+            f"({error}). Try again when the store is well."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -72,29 +86,24 @@ def download(
             part = _Part(handle, start, min(start + PART_SIZE, info.size), what)
             if first is not None and part.is_open:
                 part.fill_from(first)
-            while part.is_open:
-                for attempt in patiently():
-                    with attempt:
-                        part.fill_from(
-                            lambda sink: pour_range(info, part.position, part.stop, sink),
-                            insist=True,
-                        )
 
-        try:
-            fetch(0, opened.pour)
-            starts = range(PART_SIZE, info.size, PART_SIZE)
-            if starts:
-                with ThreadPoolExecutor(min(_PARALLEL_PARTS, len(starts))) as pool:
-                    try:
-                        for _ in pool.map(fetch, starts):
-                            pass
-                    finally:
-                        pool.shutdown(wait=True, cancel_futures=True)
-        except Interrupted as error:
-            raise StorageError(
-                f"{what} must be read to its end, but the connection broke off every time "
-                f"({error}). Try again when the store is well."
-            ) from error
+            def ask_for_the_rest() -> None:
+                part.fill_from(
+                    lambda sink: pour_range(info, part.position, part.stop, sink), insist=True
+                )
+
+            while part.is_open:
+                patiently(ask_for_the_rest, what=what)
+
+        fetch(0, opened.pour)
+        starts = range(PART_SIZE, info.size, PART_SIZE)
+        if starts:
+            with ThreadPoolExecutor(min(_PARALLEL_PARTS, len(starts))) as pool:
+                try:
+                    for _ in pool.map(fetch, starts):
+                        pass
+                finally:
+                    pool.shutdown(cancel_futures=True)
         found = verified(file, what, info.size, given=checksum, stored=info.checksum)
     return ObjectInfo(info.key, info.size, found, info.version)
 

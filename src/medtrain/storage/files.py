@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from medtrain.errors import StorageError
 
@@ -53,7 +53,8 @@ def _new_digest(kind: str) -> _Digest:
             "a checksum of the kind crc32c needs the package google-crc32c, which is not "
             "installed. Run: pip install 'medtrain[platform]'."
         ) from error
-    digest: _Digest = google_crc32c.Checksum()
+    new_checksum: Any = google_crc32c.Checksum
+    digest: _Digest = new_checksum()
     return digest
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import hashlib
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from medtrain.errors import StorageError
 from medtrain.storage.download import verified
-from medtrain.storage.files import checksums_of, explained, is_temporary, sync_folder, writing
+from medtrain.storage.files import explained, is_temporary, sync_folder, writing
 from medtrain.storage.uri import ObjectInfo, ObjectMissing, check_key, check_prefix
 
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
@@ -38,7 +39,7 @@ class LocalStore:
             raise self._missing(key)
         return ObjectInfo(key, found.st_size, None, str(found.st_mtime_ns))
 
-    def list(self, prefix: str = "") -> list[ObjectInfo]:
+    def list(self, prefix: str = "") -> builtins.list[ObjectInfo]:
         """All files whose key begins with `prefix`; links are followed."""
         folder = check_prefix(prefix).rpartition("/")[0]
         with explained(self._root / folder):
@@ -106,19 +107,27 @@ class LocalStore:
     def upload(self, path: Path, key: str) -> ObjectInfo:
         """Copy a file into the store."""
         target = self._path(key)
-        with explained(path), path.open("rb") as source, explained(target):
-            with writing(target) as file:
-                shutil.copyfileobj(source, file, 1 << 20)
-                checksum = verified(file, str(path), os.fstat(source.fileno()).st_size)
+        with (
+            explained(path),
+            path.open("rb") as source,
+            explained(target),
+            writing(target) as file,
+        ):
+            shutil.copyfileobj(source, file, 1 << 20)
+            checksum = verified(file, str(path), os.fstat(source.fileno()).st_size)
         return self._written(key, checksum)
 
     def download(self, key: str, path: Path, *, checksum: str | None = None) -> ObjectInfo:
         """Copy a file out of the store."""
-        with self._present(key), self._path(key).open("rb") as source, explained(path):
-            with writing(path) as file:
-                shutil.copyfileobj(source, file, 1 << 20)
-                size = os.fstat(source.fileno()).st_size
-                found = verified(file, f"{self.uri}/{key}", size, given=checksum)
+        with (
+            self._present(key),
+            self._path(key).open("rb") as source,
+            explained(path),
+            writing(path) as file,
+        ):
+            shutil.copyfileobj(source, file, 1 << 20)
+            size = os.fstat(source.fileno()).st_size
+            found = verified(file, f"{self.uri}/{key}", size, given=checksum)
         return self._written(key, found)
 
     def child(self, prefix: str) -> LocalStore:

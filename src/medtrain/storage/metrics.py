@@ -1,4 +1,4 @@
-"""The metric stream of a run: segments `metrics/<attempt>-<k>.jsonl`, written once and never changed.
+"""The metric stream of a run: segments `metrics/<attempt>-<k>.jsonl`, each written once.
 
 The first line of a segment is its head, `{"attempt": 2, "segment": 1, "from_step": 400}`: attempt 2
 goes on from step 400. Every other line is a row, `{"step": 450, "time": 1790000000.5, "values":

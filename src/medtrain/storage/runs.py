@@ -17,16 +17,28 @@ Objects are written whole. Readers of a pointer take the highest attempt that ha
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
+import re
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from medtrain.errors import CheckpointError, StorageError
-from medtrain.storage.uri import Store, open_store, sha256_of
+from medtrain.errors import CheckpointError
+from medtrain.storage.uri import ObjectDamaged, ObjectMissing, Store, open_store, sha256_of
+
+T = TypeVar("T")
+
+_LOG = logging.getLogger(__name__)
+
+_ATTEMPT = re.compile(r"attempts/([1-9][0-9]*)\.json")
+_VERDICT = re.compile(r"attempts/([0-9]+)\.verdict\.json")
+_MAX_STOPS = 20
+"""Starts in a row that may end by a signal without a new checkpoint before they count."""
 
 EXIT_DONE, EXIT_VERDICT, EXIT_STOPPED, EXIT_RETRY = 0, 42, 143, 200
 """The four ends of a worker: done, not to be tried again, stopped and durable, anything else."""
@@ -112,17 +124,29 @@ class RunDirectory:
 
     def write_json(self, key: str, value: Any) -> None:
         """Write plain types as JSON."""
-        self.write_text(key, json.dumps(value, indent=1, allow_nan=False) + "\n")
+        self.store.write(key, _to_json(value))
 
     def read_json(self, key: str) -> Any:
         """Read JSON; None where there is no such object."""
-        if not self.store.exists(key):
-            return None
         try:
             return json.loads(self.read_text(key))
+        except ObjectMissing:
+            return None
         except ValueError as error:
-            raise StorageError(
+            raise ObjectDamaged(
                 f"{self.uri}/{key} must be JSON, but is damaged ({error})"
+            ) from error
+
+    def _read_record(self, key: str, kind: type[T]) -> T | None:
+        record = self.read_json(key)
+        if record is None:
+            return None
+        try:
+            return kind(**record)
+        except TypeError as error:
+            raise ObjectDamaged(
+                f"{self.uri}/{key} must be a record of the kind {kind.__name__}, "
+                f"but is none ({error})"
             ) from error
 
     #
@@ -131,21 +155,15 @@ class RunDirectory:
 
     def attempts(self) -> list[int]:
         """Numbers of all starts so far, ascending."""
-        names = (info.key.removeprefix("attempts/") for info in self.store.list("attempts/"))
-        return sorted(
-            int(name.removesuffix(".json"))
-            for name in names
-            if name.removesuffix(".json").isdigit()
-        )
+        matches = (_ATTEMPT.fullmatch(info.key) for info in self.store.list("attempts/"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def claim_attempt(self, facts: Mapping[str, Any]) -> int:
         """Become the run's writer: create the next attempt. The loser of a race takes the number
         after."""
         number = (self.attempts() or [0])[-1] + 1
-        record = {"host": socket.gethostname(), "time": now(), **facts}
-        while not self.store.create(
-            f"attempts/{number}.json", json.dumps(record, indent=1).encode()
-        ):
+        record = _to_json({"host": socket.gethostname(), "time": now(), **facts})
+        while not self.store.create(f"attempts/{number}.json", record):
             number += 1
         return number
 
@@ -154,8 +172,12 @@ class RunDirectory:
         later = [n for n in self.attempts() if n > number]
         if not later:
             return None
-        record = self.read_json(f"attempts/{later[-1]}.json") or {}
-        return {"attempt": later[-1], **record}
+        try:
+            record = self.read_json(f"attempts/{later[-1]}.json")
+        except ObjectDamaged:
+            # That somebody has taken over matters more than who.
+            record = None
+        return {**(record or {}), "attempt": later[-1]}
 
     def end_attempt(self, number: int, end: AttemptEnd) -> None:
         """Record how a start ended."""
@@ -163,21 +185,31 @@ class RunDirectory:
 
     def attempt_end(self, number: int) -> AttemptEnd | None:
         """How attempt `number` ended, or None where it has not said so."""
-        record = self.read_json(f"attempts/{number}.end.json")
-        return AttemptEnd(**record) if record else None
+        try:
+            return self._read_record(f"attempts/{number}.end.json", AttemptEnd)
+        except ObjectDamaged as error:
+            _LOG.warning("how attempt %d ended is not known (%s)", number, error)
+            return None
 
     def fruitless_attempts(self) -> int:
-        """Starts in a row, counted from the newest, that failed without publishing a new
-        checkpoint."""
-        count = 0
+        """Starts in a row, counted from the newest, that published no new checkpoint.
+
+        Those that ended by a signal count only when more than 20 of them came in a row; those
+        before a retracted verdict never do.
+        """
+        matches = (_VERDICT.fullmatch(info.key) for info in self.store.list("attempts/"))
+        forgiven = max((int(match[1]) for match in matches if match), default=0)
+        count = stops = 0
         for number in reversed(self.attempts()):
+            if number <= forgiven or any(True for _ in self._pointers_of(number)):
+                break
             end = self.attempt_end(number)
             if end is not None and end.code == EXIT_STOPPED:
+                stops += 1
                 continue
-            if any(True for _ in self._pointers_of(number)):
-                break
-            count += 1
-        return count
+            count += 1 + _if_many(stops)
+            stops = 0
+        return count + _if_many(stops)
 
     #
     #
@@ -185,24 +217,25 @@ class RunDirectory:
 
     def outcome(self) -> Outcome | None:
         """The final word, or None while there is none."""
-        record = self.read_json("outcome.json")
-        return Outcome(**record) if record else None
+        return self._read_record("outcome.json", Outcome)
 
     def write_outcome(self, outcome: Outcome) -> Outcome:
         """Say the final word, once; whoever comes second gets the first one's word."""
-        record = {**asdict(outcome), "time": outcome.time or now()}
-        if self.store.create(
-            "outcome.json", json.dumps(record, indent=1, allow_nan=False).encode()
-        ):
-            return Outcome(**record)
-        existing = self.outcome()
-        assert existing is not None
-        return existing
+        said = replace(outcome, time=outcome.time or now())
+        while not self.store.create("outcome.json", _to_json(asdict(said))):
+            existing = self.outcome()
+            if existing is not None:
+                return existing
+            # It was a verdict, retracted since.
+        return said
 
     def retract_verdict(self) -> None:
-        """Move a final `failed` or `gave_up` aside, so that the run goes on from its checkpoint."""
+        """Move a final `failed` or `gave_up` aside, so that the run goes on from its checkpoint.
+
+        A `done` goes the same way if what it names is gone, for nothing can follow from it.
+        """
         outcome = self.outcome()
-        if outcome is None or outcome.state == "done":
+        if outcome is None or (outcome.state == "done" and self.holds_what_it_names(outcome)):
             return
         last = (self.attempts() or [0])[-1]
         self.write_json(f"attempts/{last}.verdict.json", asdict(outcome))
@@ -218,36 +251,78 @@ class RunDirectory:
 
     def publish(self, pointer: Pointer) -> None:
         """Make a checkpoint exist, after its blob is stored."""
-        self.write_json(f"checkpoints/{pointer.attempt}/{pointer.name}.json", asdict(pointer))
+        self.write_json(
+            f"checkpoints/{pointer.attempt}/{pointer.name}.json",
+            {**asdict(pointer), "check": _check(pointer)},
+        )
 
     def _pointers_of(self, attempt: int) -> Iterator[Pointer]:
         for info in self.store.list(f"checkpoints/{attempt}/"):
             if info.key.endswith(".json"):
-                record = self.read_json(info.key)
-                if record is not None:
-                    yield Pointer(**record)
+                pointer = self._read_pointer(info.key)
+                if pointer is not None:
+                    yield pointer
+
+    def _read_pointer(self, key: str) -> Pointer | None:
+        """A pointer; None where it is absent, or damaged, which is said: an older one will do."""
+        try:
+            record = self.read_json(key)
+            if record is None:
+                return None
+            check = record.pop("check")
+            pointer = Pointer(**record)
+            if check != _check(pointer):
+                raise ValueError("its checksum differs")
+        except (ObjectDamaged, ValueError, TypeError, KeyError, AttributeError) as error:
+            _LOG.warning("pointer %s/%s is damaged and passed over (%s)", self.uri, key, error)
+            return None
+        return pointer
 
     def pointers(self, name: str) -> list[Pointer]:
         """All pointers called `name`, the newest attempt's first."""
-        found = []
-        for number in reversed(self.attempts()):
-            record = self.read_json(f"checkpoints/{number}/{name}.json")
-            if record is not None:
-                found.append(Pointer(**record))
-        return found
+        found = (
+            self._read_pointer(f"checkpoints/{number}/{name}.json")
+            for number in reversed(self.attempts())
+        )
+        return [pointer for pointer in found if pointer is not None]
 
     def all_pointers(self) -> list[Pointer]:
         """Every pointer of every attempt."""
         return [pointer for number in self.attempts() for pointer in self._pointers_of(number)]
 
     def fetch(self, pointer: Pointer, folder: Path) -> Path:
-        """Download a checkpoint's blob into `folder`, verified by its SHA-256."""
+        """Download a checkpoint's blob into `folder`, verified by its SHA-256.
+
+        Raises:
+            CheckpointError: The blob is gone or damaged: an older checkpoint may do.
+            StorageError: The store cannot be read: nobody knows.
+        """
         path = folder / Path(pointer.key).name
-        if path.exists() and sha256_of(path) == pointer.sha256:
+        if path.is_file() and sha256_of(path) == pointer.sha256:
             return path
-        if not self.store.exists(pointer.key):
+        try:
+            self.store.download(pointer.key, path, checksum=f"sha256:{pointer.sha256}")
+        except ObjectMissing as error:
             raise CheckpointError(
-                f"{self.uri}/{pointer.key} is gone, though pointer '{pointer.name}' names it"
-            )
-        self.store.download(pointer.key, path, checksum=f"sha256:{pointer.sha256}")
+                f"{self.uri}/{pointer.key} is gone, though pointer '{pointer.name}' of attempt "
+                f"{pointer.attempt} names it"
+            ) from error
+        except ObjectDamaged as error:
+            raise CheckpointError(
+                f"checkpoint '{pointer.name}' of attempt {pointer.attempt} is damaged: {error}"
+            ) from error
         return path
+
+
+def _to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _check(pointer: Pointer) -> str:
+    """SHA-256 of what a pointer says, so that a damaged one is not believed."""
+    said = json.loads(json.dumps(asdict(pointer)))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def _if_many(stops: int) -> int:
+    return stops if stops > _MAX_STOPS else 0

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import base64
+import builtins
 import hashlib
+import os
 import re
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -25,6 +28,7 @@ from botocore.exceptions import (
     PartialCredentialsError,
     ResponseStreamingError,
 )
+from botocore.exceptions import ConnectionError as BotoConnectionError
 from urllib3.exceptions import HTTPError
 
 from medtrain.errors import StorageError
@@ -44,6 +48,7 @@ from medtrain.storage.uri import (
     ObjectMissing,
     check_key,
     check_prefix,
+    join_uri,
 )
 
 if TYPE_CHECKING:
@@ -82,11 +87,13 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class _Connection:
-    """The client that a store and its children share."""
+    """The client that the stores of a process share."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self.client = self._connect()
+        self.met_buckets: set[str] = set()
+        """Buckets that served a request: what is absent in them is an object."""
 
     def renew(self, stale: S3Client) -> S3Client:
         """A client with credentials that are read anew; many threads may ask, one gets it."""
@@ -97,17 +104,27 @@ class _Connection:
 
     def _connect(self) -> S3Client:
         # A session of its own: the default one keeps the credentials that it has once read.
-        return boto3.session.Session().client("s3", config=_CONFIG)
+        try:
+            return boto3.session.Session().client("s3", config=_CONFIG)
+        except ValueError as error:
+            raise StorageError(f"S3 cannot be used: {error}. Correct AWS_ENDPOINT_URL.") from error
+
+
+@cache
+def _connection(process: int, environment: frozenset[tuple[str, str]]) -> _Connection:
+    """One client for each environment, for it is slow to make; a forked process gets its own."""
+    return _Connection()
 
 
 class S3Store:
     """Objects in a bucket. Content that is written here carries its SHA-256 as metadata."""
 
-    def __init__(self, uri: str, *, connection: _Connection | None = None) -> None:
+    def __init__(self, uri: str) -> None:
         self._place = BucketUri.parse(uri)
         self.uri = str(self._place)
+        environment = frozenset(item for item in os.environ.items() if item[0].startswith("AWS_"))
         with self._explained(""):
-            self._connection = connection or _Connection()
+            self._connection = _connection(os.getpid(), environment)
 
     def exists(self, key: str) -> bool:
         """Whether there is such an object; an absent bucket is an error."""
@@ -121,7 +138,7 @@ class S3Store:
         """Ask for an object's head."""
         return _info(key, self._head(key))
 
-    def list(self, prefix: str = "") -> list[ObjectInfo]:
+    def list(self, prefix: str = "") -> builtins.list[ObjectInfo]:
         """All objects whose key begins with `prefix`, without their checksums."""
         root = self._place.prefix
 
@@ -159,10 +176,7 @@ class S3Store:
             with _interruptions(), closing(response["Body"]) as body:
                 return body.read()
 
-        for attempt in patiently():
-            with attempt:
-                data = self._do(key, get)
-        return data
+        return patiently(lambda: self._do(key, get), what=f"{self.uri}/{key}")
 
     def write(self, key: str, data: bytes) -> ObjectInfo:
         """Write in one request."""
@@ -172,16 +186,13 @@ class S3Store:
         """Write in one request that fails where there is an object of that key."""
         writer = uuid.uuid4().hex
         try:
-            for attempt in patiently():
-                with attempt:
-                    self._put(key, data, writer=writer, IfNoneMatch="*")
+            patiently(
+                lambda: self._put(key, data, writer=writer, IfNoneMatch="*"),
+                what=f"{self.uri}/{key}",
+            )
         except _Exists:
             # The client repeats a request whose answer was lost, and then meets its own object.
             return self._writer_of(key) == writer
-        except Interrupted as error:
-            raise StorageError(
-                f"{self.uri}/{key} must be created by one, but others kept changing it"
-            ) from error
         return True
 
     def delete(self, key: str) -> None:
@@ -227,14 +238,12 @@ class S3Store:
         )
 
     def child(self, prefix: str) -> S3Store:
-        """The store under a longer prefix, with the same client."""
+        """The store under a longer prefix."""
         if not prefix:
             return self
-        return S3Store(
-            f"{self.uri}/{check_key(prefix.removesuffix('/'))}", connection=self._connection
-        )
+        return S3Store(f"{self.uri}/{check_key(prefix.removesuffix('/'))}")
 
-    def _address(self, key: str) -> dict[str, str]:
+    def _address(self, key: str) -> dict[str, Any]:
         return {"Bucket": self._place.bucket, "Key": self._place.prefix + check_key(key)}
 
     def _head(self, key: str) -> Mapping[str, Any]:
@@ -296,22 +305,32 @@ class S3Store:
         return Opened(info, lambda sink: _pour(response["Body"], sink))
 
     def _pour_range(self, info: ObjectInfo, start: int, stop: int, sink: Sink) -> None:
-        asked = {"Range": f"bytes={start}-{stop - 1}", "IfMatch": info.version or "*"}
-        response = self._do(
-            info.key, lambda client: client.get_object(**self._address(info.key), **asked)
-        )
+        asked = {
+            **self._address(info.key),
+            "Range": f"bytes={start}-{stop - 1}",
+            "IfMatch": info.version,
+        }
+        response = self._do(info.key, lambda client: client.get_object(**asked))
         _pour(response["Body"], sink)
 
     def _do(self, key: str, call: Callable[[S3Client], T]) -> T:
         """Call with the shared client; once more with new credentials where they have expired."""
+        connection = self._connection
         with self._explained(key):
-            client = self._connection.client
+            client = connection.client
             try:
-                return call(client)
+                result = call(client)
             except ClientError as error:
-                if self._reason(error, key) not in _EXPIRED:
-                    raise
-            return call(self._connection.renew(client))
+                reason = self._reason(error, key)
+                if reason not in _EXPIRED:
+                    raise self._sentence(reason, error, key) from error
+                client = connection.renew(client)
+                try:
+                    result = call(client)
+                except ClientError as again:
+                    raise self._sentence(self._reason(again, key), again, key) from again
+        connection.met_buckets.add(self._place.bucket)
+        return result
 
     @contextmanager
     def _explained(self, key: str) -> Iterator[None]:
@@ -319,23 +338,20 @@ class S3Store:
             yield
         except FlexibleChecksumError as error:
             raise ObjectDamaged(f"{self.uri}/{key} is damaged: {error}") from error
-        except ClientError as error:
-            raise self._sentence(error, key) from error
         except (NoCredentialsError, PartialCredentialsError) as error:
             raise StorageError(
                 f"{self.uri} needs credentials, but there are none. Set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY, a profile or a role."
             ) from error
-        except (HTTPClientError, HTTPError, ConnectionError) as error:
+        except (BotoConnectionError, HTTPClientError, HTTPError, ConnectionError) as error:
             raise StorageError(
                 f"{self.uri} cannot be reached ({error}). Check the network and AWS_ENDPOINT_URL."
             ) from error
         except BotoCoreError as error:
-            raise StorageError(f"{self.uri}/{key} cannot be used: {error}") from error
+            raise StorageError(f"{join_uri(self.uri, key)} cannot be used: {error}") from error
 
-    def _sentence(self, error: ClientError, key: str) -> StorageError:
-        reason = self._reason(error, key)
-        what = join(self.uri, key)
+    def _sentence(self, reason: str, error: ClientError, key: str) -> StorageError:
+        what = join_uri(self.uri, key)
         if reason in _ABSENT:
             return ObjectMissing(f"{what} must exist, but there is no such object")
         if reason == "NoSuchBucket":
@@ -365,6 +381,8 @@ class S3Store:
         """The store's word for what is wrong."""
         code = _code(error)
         if not code.isdecimal():
+            return code
+        if code == "404" and self._place.bucket in self._connection.met_buckets:
             return code
         # An answer to HEAD has no body to say why, nor which of bucket and object is absent.
         try:
@@ -420,16 +438,18 @@ def _info(key: str, found: Mapping[str, Any]) -> ObjectInfo:
 
 def _checksum(found: Mapping[str, Any]) -> str | None:
     """The strongest checksum of the whole object that an answer has."""
+    # Of a part that is read, the store knows the part's checksum; of an object that was sent in
+    # parts, mostly the checksum of their checksums.
+    is_whole = "ContentRange" not in found
+    in_parts = "-" in _version(found) and found.get("ChecksumType") != "FULL_OBJECT"
+    stored = {
+        kind: found[f"Checksum{kind}"]
+        for kind in ("SHA256", "CRC32C", "CRC32", "CRC64NVME")
+        if is_whole and not in_parts and f"Checksum{kind}" in found
+    }
+    if "SHA256" in stored:
+        return f"sha256:{base64.b64decode(stored['SHA256']).hex()}"
     ours = found["Metadata"].get("sha256", "")
     if _SHA256.fullmatch(ours):
         return f"sha256:{ours}"
-    if "ContentRange" in found:
-        return None
-    for kind in ("SHA256", "CRC32C", "CRC32", "CRC64NVME"):
-        value = found.get(f"Checksum{kind}")
-        # Of an object sent in parts it may be the checksum of the parts' checksums.
-        if value and "-" not in value:
-            if kind == "SHA256":
-                return f"sha256:{base64.b64decode(value).hex()}"
-            return f"{kind.lower()}:{value}"
-    return None
+    return next((f"{kind.lower()}:{value}" for kind, value in stored.items()), None)

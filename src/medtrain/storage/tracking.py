@@ -23,8 +23,9 @@ _ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "GIT_PYTHON_REFRESH": "quiet",
-    # MLflow's own seven retries of 120 seconds would hold up whoever waits for the answer.
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # MLflow's own seven retries of 120 seconds would hold up whoever waits for the answer; a server
+    # that stores a large file answers only when it has it.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
 }
 """What MLflow reads from the environment; a variable that is set already stays as it is."""

@@ -6,6 +6,7 @@ joined by `/`, relative to the store's URI.
 
 from __future__ import annotations
 
+import builtins
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ class Store(Protocol):
         """What the store knows of an object; ObjectMissing where it is absent."""
         ...
 
-    def list(self, prefix: str = "") -> list[ObjectInfo]:
+    def list(self, prefix: str = "") -> builtins.list[ObjectInfo]:
         """All objects whose key begins with `prefix`, however deep, sorted by key.
 
         S3 lists no checksums: ask `info` for them.

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
@@ -62,7 +62,7 @@ def _checkpoint(module: nn.Module) -> None:
             return compute(*args, **kwargs)
         return checkpoint(compute, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
-    module.forward = forward  # type: ignore[method-assign]
+    module.forward = forward
 
 
 @contextmanager
@@ -73,12 +73,18 @@ def _statistics_untouched(module: nn.Module) -> Iterator[None]:
         for norm in module.modules()
         if isinstance(norm, _NormBase) and norm.training and norm.track_running_stats
     ]
-    momenta = [norm.momentum for norm in norms]
+    before = [(norm.momentum, _count(norm).clone()) for norm in norms]
     for norm in norms:
-        # The first is what BatchNorm asks, the second what InstanceNorm does.
-        norm.track_running_stats, norm.momentum = False, 0.0
+        # Not by withholding the statistics: the pass must save the same tensors as the first.
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.track_running_stats, norm.momentum = True, momentum
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            _count(norm).copy_(count)
+
+
+def _count(norm: _NormBase) -> Tensor:
+    assert norm.num_batches_tracked is not None
+    return norm.num_batches_tracked

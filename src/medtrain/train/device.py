@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from medtrain.config import Job
 from medtrain.errors import ConfigError, LaunchError
 
+_CPU = torch.device("cpu")
 Precision = Literal["fp32", "fp16", "bf16"]
 _AUTOCAST = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -32,7 +33,7 @@ class Process:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = _CPU
 
     @property
     def is_main(self) -> bool:
@@ -136,7 +137,8 @@ def manual_seed(seed: int) -> None:
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
     """The arithmetic of a forward pass; fp32 changes nothing."""
     return torch.autocast(
-        device.type, dtype=_AUTOCAST[precision] if precision != "fp32" else None,
+        device.type,
+        dtype=_AUTOCAST[precision] if precision != "fp32" else None,
         enabled=precision != "fp32",
     )
 
@@ -166,6 +168,30 @@ def check_precision(model: nn.Module, precision: Precision, device: torch.device
         )
     if problems:
         raise ConfigError(problems)
+
+
+def share_batchnorm(model: nn.Module, process: Process) -> nn.Module:
+    """`model` with BatchNorm layers whose statistics are those of all processes' cases.
+
+    Raises:
+        ConfigError: Several processes on CPUs, for which torch has no such layer.
+    """
+    if process.world_size == 1:
+        return model
+    if process.device.type != "cuda":
+        raise ConfigError(
+            "sync_batchnorm=true must have GPUs, but this process computes on the "
+            f"{process.device.type}. Set sync_batchnorm=false, or job.processes=1 with a larger "
+            "batch.micro."
+        )
+    from medtrain.train.torchvision_ops import ensure_torchvision
+
+    ensure_torchvision()
+    # torch's own conversion would drop the activation from timm's BatchNormAct2d.
+    from timm.layers.norm_act import convert_sync_batchnorm
+
+    converted: nn.Module = convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+    return converted
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -27,14 +27,16 @@ class AveragedModel:
     def decay(self) -> float:
         """The decay of the next update."""
         t = self.num_updates
-        return min(self._config.decay, (1 + t) / (10 + t)) if self._config.warmup else (
-            self._config.decay
+        return (
+            min(self._config.decay, (1 + t) / (10 + t))
+            if self._config.warmup
+            else (self._config.decay)
         )
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take in the weights of `model` after a step."""
-        average = get_ema_multi_avg_fn(self.decay)
+        average = get_ema_multi_avg_fn(self.decay)  # type: ignore[no-untyped-call]
         average(
             tuple(self.model.parameters()),
             tuple(parameter.detach() for parameter in model.parameters()),

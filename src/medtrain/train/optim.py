@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from medtrain.config import Optim, ParamGroup
 from medtrain.errors import ConfigError
@@ -25,6 +26,22 @@ class Group:
     def is_trained(self, epoch: int) -> bool:
         """Whether the group learns in `epoch` (1-based)."""
         return self.config.lr is not None and epoch >= self.config.starts_epoch
+
+    def gradients(self) -> list[Tensor]:
+        """The gradients that there are."""
+        return [p.grad for p in self.parameters.values() if p.grad is not None]
+
+    def copies(self) -> list[Tensor]:
+        """The parameters' values now."""
+        return [parameter.detach().clone() for parameter in self.parameters.values()]
+
+    def update_ratio(self, before: Sequence[Tensor]) -> float:
+        """‖Δθ‖ / ‖θ‖ of one step, given the values before it."""
+        norm = float(get_total_norm(list(before)))
+        change = [
+            new.detach() - old for new, old in zip(self.parameters.values(), before, strict=True)
+        ]
+        return float(get_total_norm(change)) / norm if norm else 0.0
 
 
 def match_groups(model: nn.Module, optim: Optim) -> tuple[Group, ...]:

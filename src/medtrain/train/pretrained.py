@@ -99,7 +99,7 @@ def load_pretrained(
             f"weights {file} must have the model's shapes, but have {_listed(other_shape)}. "
             "Name weights of the same network."
         )
-    module.load_state_dict({n: t for n, t in found.items() if n in wanted}, strict=False)
+    module.load_state_dict({**wanted, **{n: t for n, t in found.items() if n in wanted}})
     report = MatchReport(
         source=source,
         sha256=sha256_of(file),
@@ -161,7 +161,7 @@ def load_parent(
             f"the checkpoint of {source} does not fit the model: it {'; it '.join(problems)}."
         )
     shared = {n: state[n] for n in wanted if n in state and n not in other_shape}
-    model.load_state_dict(shared, strict=False)
+    model.load_state_dict({**wanted, **shared})
     report = MatchReport(
         source=source,
         matched=len(shared),

@@ -1,4 +1,4 @@
-"""The learning rate of a parameter group, as a function of the optimizer step.
+"""The learning rate of a parameter group as a function of the optimizer step, and early stopping.
 
 A group that starts late has a time of its own: its warm-up, its cosine and its restarts are counted
 from the first step of `starts_epoch`, and its cosine covers the rest of the stage. A duration in
@@ -16,6 +16,7 @@ from medtrain.config import (
     CosineRestartsSchedule,
     CosineSchedule,
     Criterion,
+    EarlyStop,
     ParamGroup,
     PlateauSchedule,
     Schedule,
@@ -67,10 +68,10 @@ class GroupSchedule:
         A cosine is at its floor after its last step, as in torch's schedulers: the last step
         itself is taken just above it.
         """
-        local = step - self._start
+        local = max(0, step - self._start)
         schedule = self._schedule
         if local < self._warmup:
-            rise = max(local, 0) / self._warmup
+            rise = local / self._warmup
             return schedule.warmup_from + (1.0 - schedule.warmup_from) * rise
         match schedule:
             case ConstantSchedule():
@@ -111,6 +112,51 @@ class GroupSchedule:
         """Go on from a saved state."""
         self._reduction, self._best = state["reduction"], state["best"]
         self._num_bad = state["num_bad"]
+
+
+class EarlyStopper:
+    """Ends a stage whose monitor has not improved for `patience` validations.
+
+    Validations before `min_epochs` are not seen at all, so it ends no earlier than at epoch
+    `min_epochs` + `patience` (where every epoch is validated).
+    """
+
+    def __init__(self, config: EarlyStop | None, monitor: Criterion) -> None:
+        self._config = config
+        self._monitor = monitor
+        self._best: float | None = None
+        self._num_bad = 0
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the stage should end."""
+        return self._config is not None and self._num_bad >= self._config.patience
+
+    @property
+    def sentence(self) -> str:
+        """Why it is over."""
+        return (
+            f"{self._monitor.metric} has not improved on {self._best} for {self._num_bad} "
+            "validations"
+        )
+
+    def observe(self, value: float | None, *, epoch: int) -> None:
+        """See the monitor of one validation; None is no improvement."""
+        if self._config is None or epoch < self._config.min_epochs:
+            return
+        min_delta = self._config.min_delta
+        if value is not None and self._monitor.is_better(value, self._best, min_delta=min_delta):
+            self._best, self._num_bad = value, 0
+        else:
+            self._num_bad += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types."""
+        return {"best": self._best, "num_bad": self._num_bad}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self._best, self._num_bad = state["best"], state["num_bad"]
 
 
 def _cosine(step: int, length: int, floor: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 
 import psutil
 
@@ -70,11 +71,9 @@ def _gpu() -> dict[str, float]:
         "sys_gpu_memory_percent": 100.0 * (total - free) / total,
         "sys_gpu_memory_peak_gb": torch.cuda.max_memory_allocated() / _GB,
     }
-    try:
+    # NVML fails in many ways (no package, no permission, a part of a GPU): then it is left out.
+    with suppress(Exception):
         values["sys_gpu_percent"] = float(torch.cuda.utilization())
-    except (ModuleNotFoundError, RuntimeError):
-        # nvidia-ml-py is not installed, or the driver does not say.
-        pass
     return values
 
 

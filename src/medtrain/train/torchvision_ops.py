@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -37,7 +38,7 @@ def ensure_torchvision() -> bool:
         if "operator torchvision::" not in str(error):
             raise
         _forget("torchvision")
-        library = torch.library.Library("torchvision", "DEF")
+        library: Any = torch.library.Library("torchvision", "DEF")  # type: ignore[no-untyped-call]
         _declared.append(library)
         for name in _OPERATORS:
             library.define(name + _SIGNATURE)

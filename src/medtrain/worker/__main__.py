@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("package", help="folder of a pulled model")
     predict.add_argument("images", nargs="+", help="raw images")
     predict.add_argument("--out", required=True, help="folder for results")
-    predict.add_argument("--mm-per-pixel", type=float, help="pixel size of the images")
+    predict.add_argument("--set", action="append", default=[], help="override key=value")
     return parser
 
 

@@ -78,9 +78,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     from medtrain.serve.predict import predict
 
     images = [Path(image) for image in arguments.images]
-    predict(
-        Path(arguments.package), images, Path(arguments.out), mm_per_pixel=arguments.mm_per_pixel
-    )
+    predict(Path(arguments.package), images, Path(arguments.out), overrides=arguments.set)
     return EXIT_DONE
 
 
@@ -206,7 +204,6 @@ def _prepare_data(plan: Plan, attempt: int, scratch: Path) -> End:
         root=open_store(data.root),
         home=home,
         data=data,
-        seed=plan.stage.seed,
     )
     details = {
         "home": home.uri,
@@ -244,7 +241,10 @@ def _run_ranks(plan: Plan, attempt: int, scratch: Path) -> End:
         started_from = str(_fetch_trained(plan.parent, scratch))
     spec = {
         "verb": plan.verb,
-        "argv": list(plan.argv),
+        "name": str(plan.name),
+        "set": list(plan.overrides),
+        "data_uri": plan.data.uri,
+        "parent_uri": plan.parent.uri if plan.parent else "",
         "attempt": attempt,
         "run_uri": plan.run_uri,
         "scratch": str(scratch),

@@ -12,6 +12,7 @@ from medtrain.recipes.cephalometric import transforms
 from medtrain.recipes.cephalometric.config import Augmentation
 from medtrain.recipes.cephalometric.transforms import (
     Change,
+    Pixels,
     Size,
     draw_change,
     find_peaks,
@@ -30,10 +31,11 @@ FILM = Size(240, 194)
 IMAGE = Size(128, 128)
 
 
-def _film_with_dot(x: float, y: float, size: Size = FILM, width: float = 3.0) -> np.ndarray:
+def _film_with_dot(x: float, y: float, size: Size = FILM, width: float = 3.0) -> Pixels:
     rows, columns = np.mgrid[: size.height, : size.width]
     dot = np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * width**2))
-    return np.round(255 * dot).astype(np.uint8)
+    pixels: Pixels = np.round(255 * dot).astype(np.uint8)
+    return pixels
 
 
 def _center_of_mass(image: torch.Tensor) -> tuple[float, float]:
@@ -74,9 +76,9 @@ CHANGES = [
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_drawn_dot_is_found_where_its_point_went(change, stored):
     at_film = np.array([[121.3, 88.6]])
-    (at_stored,) = move_points(resizing(FILM, stored), at_film)
+    ((stored_x, stored_y),) = move_points(resizing(FILM, stored), at_film).tolist()
     width = 4 * stored.height / FILM.height
-    pixels = _film_with_dot(*at_stored, size=stored, width=width)
+    pixels = _film_with_dot(stored_x, stored_y, size=stored, width=width)
     sample = make_sample(pixels, film=FILM, image=IMAGE, change=change)
     ((x, y),) = move_points(sample.from_film, at_film)
     assert _center_of_mass(sample.image) == pytest.approx((x, y), abs=0.02)
@@ -86,7 +88,8 @@ def test_points_come_back_to_the_film_by_the_inverse():
     change = CHANGES[-1]
     points = np.array([[0.0, 0.0], [193.0, 239.0], [50.5, 70.25]])
     matrix = change.matrix(IMAGE) @ letterbox(FILM, IMAGE)
-    back = move_points(np.linalg.inv(matrix), move_points(matrix, points))
+    inverse = np.linalg.inv(matrix).astype(np.float64)
+    back = move_points(inverse, move_points(matrix, points))
     assert np.abs(back - points).max() < 1e-10
 
 
@@ -114,9 +117,9 @@ def test_intensities_change_about_the_mean_and_stay_in_range():
     plain = changed(Change())
     flat = changed(Change(contrast=0.85))
     bright = changed(Change(brightness=1.2))
-    assert flat.std() == pytest.approx(0.85 * plain.std(), rel=1e-3)
-    assert flat.mean() == pytest.approx(plain.mean(), rel=1e-3)
-    assert bright[..., :100].sum() == pytest.approx(1.2 * plain[..., :100].sum(), rel=1e-4)
+    assert float(flat.std()) == pytest.approx(0.85 * float(plain.std()), rel=1e-3)
+    assert float(flat.mean()) == pytest.approx(float(plain.mean()), rel=1e-3)
+    assert torch.allclose(bright[..., :100], 1.2 * plain[..., :100])
     assert bright.max() == 1.0
 
 
@@ -164,10 +167,13 @@ def test_the_geometry_is_left_alone_when_no_draw_fits(monkeypatch):
     only_growing = Augmentation(probability=1.0, scale=(1.1, 1.2))
     tries: list[Change] = []
     matrix = Change.matrix
-    monkeypatch.setattr(Change, "matrix", lambda self, image: tries.append(self) or matrix(self, image))
-    change = draw_change(
-        only_growing, rng=np.random.default_rng(1), image=IMAGE, points=corners
-    )
+
+    def counted(self: Change, image: Size) -> transforms.Array:
+        tries.append(self)
+        return matrix(self, image)
+
+    monkeypatch.setattr(Change, "matrix", counted)
+    change = draw_change(only_growing, rng=np.random.default_rng(1), image=IMAGE, points=corners)
     assert len(tries) == transforms.MAX_TRIES == 10
     assert (change.rotation_deg, change.scale, change.translation) == (0.0, 1.0, (0.0, 0.0))
     assert change.brightness != 1.0
@@ -189,13 +195,10 @@ def test_a_small_film_is_not_enlarged(tmp_path):
     assert read_film(tmp_path / "1.png", Size(512, 512)).shape == (240, 194)
 
 
-def test_unreadable_and_deep_films_are_data_errors(tmp_path):
+def test_an_unreadable_film_is_a_data_error(tmp_path):
     (tmp_path / "bad.bmp").write_bytes(b"BM nothing")
-    with pytest.raises(DataError, match=r"bad\.bmp must be an image"):
+    with pytest.raises(DataError, match="must be a whole image"):
         read_film(tmp_path / "bad.bmp", IMAGE)
-    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(DataError, match="8 bits"):
-        read_film(tmp_path / "deep.png", IMAGE)
 
 
 @pytest.mark.parametrize("stride", [2, 4, 8])

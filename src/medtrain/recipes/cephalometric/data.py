@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +19,10 @@ from medtrain.data.splits import (
 )
 from medtrain.errors import DataError
 from medtrain.recipes.cephalometric.config import CephalometricData, CephalometricStage
-from medtrain.recipes.cephalometric.films import (
-    NUM_FOLDS,
-    decode_film,
-    mm_per_pixel_of,
-    points_from_text,
-    scan,
-    shortage,
-)
-from medtrain.recipes.cephalometric.synthetic import ODDITIES, synthesize
+from medtrain.recipes.cephalometric.films import decode_film, mm_per_pixel_of, points_from_text
+from medtrain.recipes.cephalometric.oddities import ODDITIES
+from medtrain.recipes.cephalometric.reader import NUM_FOLDS, scan, shortage
+from medtrain.recipes.cephalometric.synthetic import synthesize
 from medtrain.storage.uri import sha256_of
 
 if TYPE_CHECKING:
@@ -118,7 +112,8 @@ def truth(case: Case, data: CephalometricData) -> NDArray[np.float64]:
             f"case {case.case_id} must have the annotations that data.annotator={data.annotator} "
             "needs, but has not. Run `medtrain data check`."
         )
-    return np.mean(present, axis=0)[list(landmark_indices(data))]
+    points: NDArray[np.float64] = np.mean(present, axis=0)
+    return points[list(landmark_indices(data))]
 
 
 def weights(stage: CephalometricStage) -> dict[str, Weights]:

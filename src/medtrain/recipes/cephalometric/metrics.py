@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from medtrain.data.cases import Row
+from medtrain.data.manifest import Case
+from medtrain.recipes.cephalometric.config import CephalometricData
+from medtrain.recipes.cephalometric.data import annotators, landmark_indices, truth
 
 Array = npt.NDArray[np.float64]
-Points = Callable[[Any], Array]
 
 RADII_MM = (1.5, 2.0, 2.5, 3.0, 4.0)
 """Radii of the success detection rates: the document's and the challenge's."""
@@ -79,7 +80,69 @@ def _rate(errors: Array, radius_mm: float) -> float:
     return 100.0 * float((errors < radius_mm).mean())
 
 
-def radial_errors(predicted: Array, true: Array, *, mm_per_pixel: float) -> Array:
-    """Distances (K,) in mm of points (K, 2) in pixels of the film."""
-    distances: Array = mm_per_pixel * np.linalg.norm(predicted - true, axis=-1)
-    return distances
+def make_row(case_id: str, *, points: Array, true_points: Array | None, mm_per_pixel: float) -> Row:
+    """A case's row: `x`, `y`, and where a truth exists `true_x`, `true_y`, `error_mm`.
+
+    Args:
+        case_id: The case.
+        points: (K, 2) as x, y in pixels of the film.
+        true_points: The truth, alike.
+        mm_per_pixel: Pixel size of the film.
+    """
+    row: Row = {
+        "case_id": case_id,
+        "mm_per_pixel": mm_per_pixel,
+        "x": points[:, 0],
+        "y": points[:, 1],
+    }
+    if true_points is not None:
+        distances = np.linalg.norm(points - true_points, axis=1)
+        row |= {
+            "true_x": true_points[:, 0],
+            "true_y": true_points[:, 1],
+            "error_mm": mm_per_pixel * distances,
+        }
+    return row
+
+
+def reference_rows(
+    training: Sequence[Case], judged: Sequence[Case], data: CephalometricData
+) -> dict[str, list[Row]]:
+    """Rows that a model's are to be read beside, for `summarize` and `per_landmark`.
+
+    Returns:
+        `mean_positions`: every landmark at its mean place in the training cases, as fractions of
+        width and height; what knows nothing of the film. `readers`: the junior reader judged by
+        the senior one, over the cases that both have read; below their distance errors mean
+        little. Either is absent where there is nothing to compute it from.
+    """
+    references = {}
+    if training and judged:
+        mean = np.mean([truth(case, data) / _size(case) for case in training], axis=0)
+        references["mean_positions"] = [
+            make_row(
+                case.case_id,
+                points=mean * _size(case),
+                true_points=truth(case, data),
+                mm_per_pixel=float(case.attributes["mm_per_pixel"]),
+            )
+            for case in judged
+        ]
+    chosen = list(landmark_indices(data))
+    readers = [
+        make_row(
+            case.case_id,
+            points=both.junior[chosen],
+            true_points=both.senior[chosen],
+            mm_per_pixel=float(case.attributes["mm_per_pixel"]),
+        )
+        for case in judged
+        if (both := annotators(case)).junior is not None and both.senior is not None
+    ]
+    if readers:
+        references["readers"] = readers
+    return references
+
+
+def _size(case: Case) -> Array:
+    return np.array([float(case.attributes["width"]), float(case.attributes["height"])])

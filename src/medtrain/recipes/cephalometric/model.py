@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,21 @@ OPEN = 4.0
 
 
 @dataclass(frozen=True)
+class Statistics:
+    """Means and deviations of the images that an encoder was pretrained on, by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+STATISTICS = {
+    "sum_rgb": Statistics((0.449,), (0.226,)),
+    "repeat_rgb": Statistics((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+"""ImageNet's, by stem; one gray channel takes the mean over the colors."""
+
+
+@dataclass(frozen=True)
 class MahtOutput:
     """What the network says about a batch."""
 
@@ -41,14 +57,20 @@ class MahtOutput:
 class MahtNet(nn.Module):
     """Heatmaps, and with `coord_head: gap_mlp` also coordinates, of `num_landmarks` landmarks.
 
-    Input: (B, 1, H, W), normalized as `stem_statistics` says; H and W are multiples of 32.
-    New weights are drawn from torch's global generator.
+    Input: gray films (B, 1, H, W) in [0, 1]; H and W are multiples of 32. The network normalizes
+    them itself: with `stem: sum_rgb` by one mean and deviation, with `repeat_rgb` by those of each
+    color. New weights are drawn from torch's global generator.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: CephalometricModel, *, num_landmarks: int) -> None:
         super().__init__()
-        self.repeats_input = config.encoder.stem == "repeat_rgb"
-        self.encoder = _build_encoder(config.encoder.name, in_chans=3 if self.repeats_input else 1)
+        statistics = STATISTICS[config.encoder.stem]
+        for name, values in (("mean", statistics.mean), ("std", statistics.std)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+        self.encoder = _build_encoder(config.encoder.name, in_chans=len(statistics.mean))
         channels: list[int] = self.encoder.feature_info.channels()
         used = STRIDES.index(config.heatmap.stride)
         self._first_used = used
@@ -77,9 +99,9 @@ class MahtNet(nn.Module):
 
     def forward(self, image: Tensor) -> MahtOutput:
         """Heatmaps and coordinates of a batch of images."""
-        if self.repeats_input:
-            image = image.expand(-1, 3, -1, -1)
-        features: list[Tensor] = self.encoder(image)[self._first_used :]
+        # Where the statistics are those of three colors, this also repeats the film.
+        normalized = (image - self.mean) / self.std
+        features: list[Tensor] = self.encoder(normalized)[self._first_used :]
         if self.bottleneck is not None:
             features[-1] = self.bottleneck(features[-1])
         if self.fusion is not None:
@@ -89,7 +111,8 @@ class MahtNet(nn.Module):
         return MahtOutput(heatmaps, coordinates)
 
 
-def _build_encoder(name: str, *, in_chans: int) -> nn.Module:
+def _build_encoder(name: str, *, in_chans: int) -> Any:
+    """timm's feature extractor: no class of its own, but `feature_info` and a list of maps."""
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8])
         raise ConfigError(
@@ -97,7 +120,7 @@ def _build_encoder(name: str, *, in_chans: int) -> nn.Module:
             f"Near names: {near or 'none'}."
         )
     try:
-        encoder: nn.Module = timm.create_model(name, features_only=True, in_chans=in_chans)
+        encoder: Any = timm.create_model(name, features_only=True, in_chans=in_chans)
     except (AssertionError, RuntimeError, TypeError) as error:
         raise ConfigError(
             f"model.encoder.name must be a network with feature maps, but is '{name}' ({error})."
@@ -268,8 +291,8 @@ class AttentionGate(nn.Module):
     def __init__(self, below: int, skip: int) -> None:
         super().__init__()
         inner = max(skip // 2, 1)
-        self.of_below = nn.Sequential(nn.Conv2d(below, inner, 1), nn.BatchNorm2d(inner))
-        self.of_skip = nn.Sequential(nn.Conv2d(skip, inner, 1), nn.BatchNorm2d(inner))
+        self.of_below = _conv_bn(below, inner)
+        self.of_skip = _conv_bn(skip, inner)
         self.psi = _open(nn.Conv2d(inner, 1, 1))
 
     def forward(self, skip: Tensor, below: Tensor) -> Tensor:
@@ -298,7 +321,7 @@ class CoordinateHead(nn.Module):
     def forward(self, deepest: Tensor) -> Tensor:
         """(B, K, 2)."""
         flat: Tensor = self.mlp(deepest.mean(dim=(2, 3)))
-        return flat.unflatten(1, (-1, 2))
+        return flat.reshape(len(flat), -1, 2)
 
 
 def _heatmap_head(channels: int, num_landmarks: int) -> nn.Sequential:
@@ -307,6 +330,10 @@ def _heatmap_head(channels: int, num_landmarks: int) -> nn.Sequential:
         _conv_bn_relu(channels, channels),
         nn.Conv2d(channels, num_landmarks, 1),
     )
+
+
+def _conv_bn(channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
 
 
 def _conv_bn_relu(channels: int, width: int) -> nn.Sequential:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from medtrain.errors import DataError
 from medtrain.recipes.cephalometric.config import Augmentation
+from medtrain.recipes.cephalometric.films import decode_film
 
 Array = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
@@ -75,26 +75,16 @@ def read_film(path: Path, image: Size) -> Pixels:
     Memory: `OVERSAMPLING`^2 bytes per input pixel at most, 1 MiB for 512 x 512 (a whole film of
     1935 x 2400 has 4.4 MiB). Films are never enlarged.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
-    try:
-        with Image.open(path) as opened:
-            if opened.mode[0] in "IF":
-                raise DataError(
-                    f"film {path.name} must have 8 bits per channel, but has mode {opened.mode}. "
-                    "Convert it, with its window chosen by a person."
-                )
-            gray = opened.convert("L")
-    except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise DataError(
-            f"film {path.name} must be an image, but cannot be read ({error}). "
-            "Run `medtrain data check`."
-        ) from error
-    scale = OVERSAMPLING * min(image.height / gray.height, image.width / gray.width)
-    if scale < 1:
-        width, height = round(gray.width * scale), round(gray.height * scale)
-        gray = gray.resize((max(width, 1), max(height, 1)), Image.Resampling.HAMMING)
-    return np.asarray(gray)
+    film = decode_film(path.read_bytes())
+    height, width = film.shape
+    scale = OVERSAMPLING * min(image.height / height, image.width / width)
+    if scale >= 1:
+        return film
+    size = (max(round(width * scale), 1), max(round(height * scale), 1))
+    # Unlike a box, this filter weighs pixels that it covers in part: nothing is displaced.
+    return np.asarray(Image.fromarray(film).resize(size, Image.Resampling.HAMMING))
 
 
 @dataclass(frozen=True)
@@ -256,7 +246,8 @@ def soft_argmax(heatmaps: Tensor, *, temperature: float) -> Tensor:
     With a peak of 1 over a floor of 0, a temperature above 0.05 draws the answer to the center.
     """
     height, width = heatmaps.shape[-2:]
-    weights = (heatmaps.float().flatten(-2) / temperature).softmax(-1).unflatten(-1, (height, -1))
+    flat = heatmaps.float().flatten(-2) / temperature
+    weights = flat.softmax(-1).reshape(heatmaps.shape)
     x = torch.arange(width, device=weights.device, dtype=weights.dtype)
     y = torch.arange(height, device=weights.device, dtype=weights.dtype)
     return torch.stack([(weights.sum(-2) * x).sum(-1), (weights.sum(-1) * y).sum(-1)], dim=-1)

@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from medtrain.train.tracking.tracker import EndState
 
 _FIRST = ("epoch", "train_loss", "val_loss")
-_ASIDE = ("sys_", "lr_", "grad_norm", "update_ratio", "drift")
+_ASIDE = ("sys_", "lr_", "grad_norm", "update_ratio", "drift", "weight_")
 """Beginnings of names that the short form leaves out."""
 _MOST = 8
 """Values on a line of the short form."""

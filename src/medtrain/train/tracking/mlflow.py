@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medtrain.config import leaves
+from medtrain.mistakes import join_path
+from medtrain.overrides import leaves
 from medtrain.storage.metrics import MetricRow
 from medtrain.storage.tracking import ensure_experiment, ensure_run, open_client, shown
 from medtrain.train.tracking.jsonlines import SegmentFollower
@@ -228,7 +229,7 @@ def params_of(values: Mapping[str, Any]) -> dict[str, str]:
         if len(text) > LONGEST_VALUE:
             note = f" … ({len(text)} characters)"
             text = text[: LONGEST_VALUE - len(note)] + note
-        params[re.sub(r"[^\w.\-/: ]", "_", path)[:250]] = text
+        params[re.sub(r"[^\w.\-/: ]", "_", join_path(path))[:250]] = text
     return params
 
 

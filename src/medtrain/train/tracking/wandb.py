@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medtrain.config import leaves
 from medtrain.errors import ConfigError
+from medtrain.mistakes import join_path
+from medtrain.overrides import leaves
 from medtrain.train.tracking.tracker import EndState
 
 _INIT_TIMEOUT_S = 30.0
@@ -56,7 +57,9 @@ class WandbTracker:
         )
 
     def log_config(self, values: Mapping[str, Any]) -> None:
-        self._run.config.update(dict(leaves(values)), allow_val_change=True)
+        flat = {join_path(path): value for path, value in leaves(values)}
+        # A resumed run may differ in `job`.
+        self._run.config.update(flat, allow_val_change=True)  # type: ignore[no-untyped-call]
 
     def log_metrics(self, values: Mapping[str, float], *, step: int) -> None:
         # W&B itself ignores steps before the last one that it has, so a resumed run adds nothing

@@ -1,0 +1,218 @@
+"""Registration: the gate decides, then a verified package becomes a version.
+
+A version is created after its package was uploaded and read back. Its source is plain artifacts of
+an MLflow run, so `mlflow artifacts download` gets it without this project.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from medtrain.errors import RegistryError, StorageError
+from medtrain.recipes import find, part
+from medtrain.recipes.recipe import RecipeName
+from medtrain.registry.evaluation import Evaluation
+from medtrain.registry.gate import Contender, GateVerdict, decide
+from medtrain.registry.models import (
+    CANDIDATE,
+    CHAMPION,
+    RegisteredVersion,
+    aliases_of,
+    find_version,
+    model_name,
+    open_registry,
+    search_versions,
+)
+from medtrain.registry.package import Package, verify_package
+from medtrain.settings import settings
+from medtrain.storage.tracking import artifact_root, ensure_experiment, ensure_run, mlflow_errors
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
+
+_ARTIFACT_PATH = "package"
+
+
+@dataclass(frozen=True)
+class Registration:
+    """What came of the wish to register a model."""
+
+    name: str
+    verdict: GateVerdict
+    version: RegisteredVersion | None
+    """None: the gate refused."""
+    is_new: bool
+    """False: the same run was registered before, and this is its version."""
+
+
+def register(evaluation_uri: str) -> Registration:
+    """Apply the gate to an evaluated model; where it passes, register it as `candidate`.
+
+    The MLflow run of the evaluation is tagged with the verdict either way. The same trained run is
+    registered once: later calls answer with its version.
+
+    Args:
+        evaluation_uri: A finished evaluation's run directory; see `registry.evaluation`.
+
+    Raises:
+        RegistryError: The evaluation or its package is not what it must be.
+        StorageError: The tracking server or the storage failed.
+    """
+    evaluation = Evaluation.open(evaluation_uri)
+    name = model_name(evaluation.details["system"], evaluation.details["variant"])
+    client = open_registry()
+    existing = _versions_of_run(client, name, evaluation.details["run_key"])
+    if existing:
+        return _registered_before(client, existing[0])
+    with tempfile.TemporaryDirectory(prefix="medtrain-") as scratch:
+        package = evaluation.download_package(Path(scratch) / "package")
+        verdict = _judge(client, evaluation, name)
+        run_id = _tag_run(client, evaluation, verdict)
+        if not verdict.accepted:
+            log.warning("%s: refused: %s", name, verdict.reason)
+            return Registration(name, verdict, None, is_new=False)
+        source = _upload(client, run_id, package, Path(scratch) / "read-back")
+    tags = _version_tags(evaluation, package, verdict)
+    _ensure_model(client, name)
+    with mlflow_errors():
+        created = client.create_model_version(
+            name, source=source, run_id=run_id, tags=tags, description=_description(verdict, tags)
+        )
+    first = _versions_of_run(client, name, tags["run_key"])[0]
+    if first.version != int(created.version):
+        # Somebody registered the same run at the same moment, and the first one counts.
+        with mlflow_errors():
+            client.delete_model_version(name, str(created.version))
+        return _registered_before(client, first)
+    _point_candidate(client, first)
+    log.info("%s: registered: %s", first.reference, verdict.reason)
+    return Registration(name, verdict, find_version(first.reference), is_new=True)
+
+
+def _judge(client: MlflowClient, evaluation: Evaluation, name: str) -> GateVerdict:
+    details = evaluation.details
+    _, recipe = find(RecipeName(details["system"], details["variant"]))
+    if details["variant"] not in recipe.gates:
+        raise RegistryError(
+            f"variant '{details['variant']}' of {recipe.system} must have a gate to be registered, "
+            "but has none. Add one to the recipe's `gates`."
+        )
+    return decide(
+        recipe.gates[details["variant"]],
+        challenger=evaluation.contender(),
+        champion=_champion(client, name),
+        summarize=part(recipe, "metrics").summarize,
+        today=evaluation.today(),
+    )
+
+
+def _champion(client: MlflowClient, name: str) -> Contender | None:
+    number = aliases_of(client, name).get(CHAMPION)
+    if number is None:
+        return None
+    version = find_version(f"{name}:{number}")
+    try:
+        return Evaluation.open(version.tags["evaluation_uri"]).contender(version=number)
+    except (KeyError, RegistryError) as error:
+        raise RegistryError(
+            f"the champion {version.reference} must have a stored evaluation to be compared with, "
+            f"but has none ({error}). Promote a version that has one, or take the alias 'champion' "
+            "away in MLflow."
+        ) from error
+
+
+def _tag_run(client: MlflowClient, evaluation: Evaluation, verdict: GateVerdict) -> str:
+    """The MLflow run of the evaluation, with the gate's verdict on it."""
+    tracking, details = settings().tracking, evaluation.details
+    experiment_id = ensure_experiment(
+        client,
+        f"{settings().experiment}/{details['system']}",
+        artifact_root=artifact_root(tracking, home=settings().home),
+    )
+    run_id = ensure_run(
+        client, experiment_id, run_uri=evaluation.uri, name=f"{details['variant']}:evaluate"
+    )
+    with mlflow_errors():
+        client.set_tag(run_id, "gate_accepted", str(verdict.accepted).lower())
+        client.set_tag(run_id, "gate_reason", verdict.reason)
+    return run_id
+
+
+def _upload(client: MlflowClient, run_id: str, package: Package, scratch: Path) -> str:
+    """Store the package as artifacts of the run, read it back and verify it; its URI."""
+    with mlflow_errors():
+        client.log_artifacts(run_id, str(package.folder), _ARTIFACT_PATH)
+        scratch.mkdir()
+        folder = Path(client.download_artifacts(run_id, _ARTIFACT_PATH, str(scratch)))
+        uri: str = client.get_run(run_id).info.artifact_uri
+    try:
+        is_same = verify_package(folder).digest == package.digest
+    except RegistryError as error:
+        raise StorageError(f"the package came back damaged from MLflow's store: {error}") from error
+    if not is_same:
+        raise StorageError(f"artifacts of MLflow run {run_id} are not the package uploaded")
+    return f"{uri}/{_ARTIFACT_PATH}"
+
+
+def _ensure_model(client: MlflowClient, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    with mlflow_errors():
+        try:
+            client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+
+
+def _version_tags(evaluation: Evaluation, package: Package, verdict: GateVerdict) -> dict[str, str]:
+    details = evaluation.details
+    return {
+        "run_key": details["run_key"],
+        "evaluation_uri": evaluation.uri,
+        "config_digest": evaluation.outcome.sha256["package/config.yaml"],
+        "data_fingerprint": details["data_fingerprint"],
+        "code_fingerprint": details["code_fingerprint"],
+        "commit": details["commit"],
+        "package_digest": package.digest,
+        "metrics": json.dumps(dict(evaluation.outcome.metrics)),
+        "synthetic": str(bool(details["is_synthetic"])).lower(),
+        "looks": str(evaluation.looks()),
+        "gate": verdict.to_json(),
+        "gate_accepted": str(verdict.accepted).lower(),
+        "gate_reason": verdict.reason,
+    }
+
+
+def _description(verdict: GateVerdict, tags: Mapping[str, str]) -> str:
+    synthetic = "SYNTHETIC data, not for patients. " if tags["synthetic"] == "true" else ""
+    return f"{synthetic}Gate: {verdict.reason}."
+
+
+def _registered_before(client: MlflowClient, version: RegisteredVersion) -> Registration:
+    _point_candidate(client, version)
+    verdict = version.verdict
+    if verdict is None:
+        raise RegistryError(f"{version.reference} must carry the tag 'gate', but does not")
+    return Registration(version.name, verdict, find_version(version.reference), is_new=False)
+
+
+def _versions_of_run(client: MlflowClient, name: str, run_key: str) -> list[RegisteredVersion]:
+    """Versions made of one trained run, the first one first."""
+    condition = f"name = '{name}' and tags.run_key = '{run_key}'"
+    return sorted(search_versions(client, condition), key=lambda version: version.version)
+
+
+def _point_candidate(client: MlflowClient, version: RegisteredVersion) -> None:
+    """Let `candidate` name this version, unless it names a newer one."""
+    if aliases_of(client, version.name).get(CANDIDATE, 0) < version.version:
+        with mlflow_errors():
+            client.set_registered_model_alias(version.name, CANDIDATE, str(version.version))
