@@ -13,7 +13,9 @@ from medtrain.components.train_stage import train_stage
 from medtrain.pipelines.site import place
 
 
-Results = NamedTuple("Results", [("model", str), ("report", str)])
+class Results(NamedTuple):
+    model: str
+    report: str
 
 
 @dsl.pipeline(name="cephalometric", description="Prepare, three stages, evaluate, gate, register")

@@ -8,7 +8,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from kfp import local
@@ -29,18 +28,16 @@ def run_locally(pipeline: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     site = settings()
     log_path = site.home / "logs" / f"pipeline-{time.strftime('%Y%m%d-%H%M%S')}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    os.environ.update({**site.environment(), "MEDTRAIN_LINE_PREFIX": MARK})
     with (
+        _environment({**site.environment(), "MEDTRAIN_LINE_PREFIX": MARK}),
         log_path.open("w") as log_file,
         _OwnLines(sys.stdout, log_file) as filtered,
         contextlib.redirect_stdout(filtered),
         _interrupts_reach_the_step() as interrupted,
         warnings.catch_warnings(),
     ):
-        # It judges an image by its name, and on this machine no image is used.
-        warnings.filterwarnings(
-            "ignore", message="You may be attemping to run a task", category=RuntimeWarning
-        )
+        # About images and names in a user interface, of which there are none on this machine.
+        warnings.filterwarnings("ignore", module=r"kfp\.local")
         local.init(
             runner=local.SubprocessRunner(use_venv=False),
             pipeline_root=str((site.home / "kfp").absolute()),
@@ -58,6 +55,21 @@ def run_locally(pipeline: Any, arguments: dict[str, Any]) -> dict[str, Any]:
             raise JobFailed(
                 f"the pipeline stopped at the step above; whole log: {log_path}"
             ) from error
+
+
+@contextlib.contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """Steps are processes of their own and read the site from the environment."""
+    former = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in former.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ class Section(BaseModel):
         numeric = {
             key
             for name, field in cls.model_fields.items()
-            if bool not in scalars(field.annotation)
+            if not any(kind in (bool, Any) for kind in scalars(field.annotation))
             for key in (name, field.alias)
         }
         return {key: _spell_out(value) if key in numeric else value for key, value in data.items()}

@@ -7,6 +7,7 @@ same run key; a run that is finished answers at once, a half finished one goes o
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -401,6 +402,35 @@ def _weights(resolution: Resolution) -> dict[str, FoundWeights]:
     }
 
 
+class EpochLines:
+    """Turns a job's `name=value` lines into one line an epoch, and passes on all others."""
+
+    _METRIC = re.compile(r"(?P<name>[a-z0-9_]+)=(?P<value>[-+.e0-9]+)")
+
+    def __init__(self, stage: StageConfig, tell: Callable[[str], None]) -> None:
+        self._stage = stage
+        self._tell = tell
+        self._values: dict[str, float] = {}
+
+    def __call__(self, line: str) -> None:
+        """Take one line of the job's log."""
+        metric = self._METRIC.fullmatch(line)
+        if metric is None:
+            self._tell(line)
+            return
+        self._values[metric["name"]] = float(metric["value"])
+        if metric["name"] == "epoch_s":
+            self._tell(self._summary())
+            self._values = {}
+
+    def _summary(self) -> str:
+        criteria = [c.metric for c in self._stage.checkpoint.criteria.values()]
+        names = dict.fromkeys(["train_loss", "val_loss", *criteria, "epoch_s"])
+        shown = [f"{name} {self._values[name]:.4g}" for name in names if name in self._values]
+        epoch = int(self._values.get("epoch", 0))
+        return f"epoch {epoch:3d}/{self._stage.epochs}  {'  '.join(shown)}"
+
+
 def open_launcher(site: Settings) -> Launcher:
     """The place where this site's jobs run."""
     return LocalLauncher(site.home / "jobs")
@@ -412,6 +442,7 @@ def execute(plan: Plan, *, on_line: Callable[[str], None] = say) -> RunResult:
     Raises:
         JobFailed: The job ended without a result, or the run has a verdict from before.
     """
+    on_line(f"{plan.verb} {plan.name}")
     run = RunDirectory.open(plan.run_uri)
     outcome = run.outcome()
     if outcome is not None and outcome.state == "done" and run.holds_what_it_names(outcome):
@@ -435,12 +466,13 @@ def execute(plan: Plan, *, on_line: Callable[[str], None] = say) -> RunResult:
     )
     launcher = open_launcher(settings())
     launcher.submit(job)
+    lines = EpochLines(plan.stage, on_line)
     try:
-        outcome = wait(launcher, job, on_line=on_line)
+        outcome = wait(launcher, job, on_line=lines)
     except KeyboardInterrupt:
         launcher.cancel(job.name)
         on_line("stopping: the job saves its state first; interrupt again to leave it alone")
-        outcome = wait(launcher, job, on_line=on_line)
+        outcome = wait(launcher, job, on_line=lines)
     return RunResult(run.uri, plan.key, outcome, was_finished=False)
 
 

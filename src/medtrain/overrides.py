@@ -126,9 +126,6 @@ def format_assignment(path: Sequence[str], value: Any) -> str:
     return f"{join_path(path)}={to_flow(value)}"
 
 
-# Files
-
-
 class _YamlMistake(Exception):
     """Text that is not the YAML that configurations are written in."""
 
@@ -212,12 +209,27 @@ def file_as_overrides(tree: Mapping[str, Any], *, origin: str, replaces: bool) -
     return [Override((key,), value, origin, replaces=replaces) for key, value in tree.items()]
 
 
-def file_as_assignments(path: Path) -> list[str]:
-    """A file's content as `key=value` texts, for where only those can be handed on."""
+def file_as_assignments(path: Path, *, stage_type: type[StageConfig] = StageConfig) -> list[str]:
+    """A file's content as `key=value` texts, for where only those can be handed on.
+
+    Of a whole stage each dict is one text, since it replaces the recipe's; `stage_type` says which
+    mappings are dicts.
+    """
     tree = read_config_file(path)
-    if is_whole(tree):
-        return [format_assignment((key,), value) for key, value in tree.items()]
-    return [format_assignment(leaf, value) for leaf, value in leaves(tree)]
+    values = _values(tree, Place(stage_type), ()) if is_whole(tree) else leaves(tree)
+    return [format_assignment(leaf, value) for leaf, value in values]
+
+
+def _values(
+    node: Mapping[str, Any], place: Place | None, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Single values and whole dicts, the kind of a section before its other keys."""
+    for key, value in sorted(node.items(), key=lambda pair: pair[0] != "kind"):
+        child = place.child(key, node) if place else None
+        if isinstance(value, Mapping) and value and not (child and child.is_dict):
+            yield from _values(value, child, (*path, key))
+        else:
+            yield (*path, key), value
 
 
 def leaves(tree: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -227,9 +239,6 @@ def leaves(tree: Any, prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield from leaves(value, (*prefix, str(key)))
     else:
         yield prefix, tree
-
-
-# Applying
 
 
 def apply_overrides(

@@ -12,7 +12,9 @@ from medtrain.identity import code_fingerprint, fingerprints
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     copy = tmp_path / "medtrain"
-    shutil.copytree(Path(medtrain.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        Path(medtrain.__file__).parent, copy, ignore=shutil.ignore_patterns("__pycache__")
+    )
     return copy
 
 

@@ -478,10 +478,21 @@ class TestFiles:
         assert list(back.optim.groups) == ["norm", "head"]
 
     def test_a_whole_stage_comes_back_from_its_assignments(self, tmp_path: Path) -> None:
-        changed = applied("losses={kl: {weight: 2}}", "model={title: '[x'}", "model.width=3")
+        changed = applied(
+            "losses={kl: {weight: 2}}",
+            "model={title: '[x'}",
+            "model.width=3",
+            "optim.groups.norm={match: [*.norm.*], lr: 1}",
+            "optim.groups.head.schedule={kind: cosine, floor: 0.5}",
+            "labels={x: '1', y: 'true'}",
+        )
         path = tmp_path / "config.yaml"
         path.write_text(to_yaml(dump(changed)))
-        assert applied(*file_as_assignments(path)) == changed
+        texts = file_as_assignments(path, stage_type=Stage)
+        back = applied(*texts, stage=applied("labels.z=1"))
+        assert back == changed
+        assert list(back.optim.groups) == list(changed.optim.groups)
+        assert "batch.micro=4" in texts
 
     def test_a_few_values_come_back_from_their_assignments(
         self, tmp_path: Path, from_file: Callable[[str], Stage]

@@ -17,7 +17,11 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # Commands in circulation write options with - and with _.
+        "token_normalize_func": lambda word: word.replace("_", "-"),
+    },
 )
 
 for command in (recipes.recipes, recipes.show, doctor.doctor, run.run, run.compile_pipeline):
@@ -56,7 +60,3 @@ def main() -> None:
             "interrupted: what was finished is kept; the same command goes on from there\n"
         )
         sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from medtrain.errors import RegistryError
+
+if TYPE_CHECKING:
+    from medtrain.flow import PreparedData
+    from medtrain.storage.runs import RunDirectory
 
 SYSTEM, VARIANT = "cephalometric", "smoke"
 NUM_FILMS = 64
@@ -78,7 +82,7 @@ def _synthetic_films(folder: Path) -> Path:
     return folder
 
 
-def _first_judged_film(evaluation: Any, prepared: Any, root: Path) -> Path:
+def _first_judged_film(evaluation: RunDirectory, prepared: PreparedData, root: Path) -> Path:
     from medtrain.data.splits import splits_from_csv
 
     first = min(row.case_id for row in splits_from_csv(evaluation.read_text("split.csv")))

@@ -10,7 +10,7 @@ import typer
 
 from medtrain.errors import ConfigError
 
-Name = Annotated[str, typer.Argument(help="SYSTEM[/VARIANT][:STAGE][+OVERLAY…]", metavar="NAME")]
+Name = Annotated[str, typer.Argument(help="SYSTEM/VARIANT:STAGE+OVERLAY", metavar="NAME")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(

@@ -59,7 +59,8 @@ def wait(
         JobFailed: With the reason and the last lines of the log.
     """
     run = RunDirectory.open(job.run_uri)
-    position, tail, partial = 0, [], b""
+    position, partial = 0, b""
+    tail: list[str] = []
     while True:
         status = launcher.status(job.name)
         data = launcher.read_log(job.name, start=position)

@@ -49,6 +49,8 @@ _RETRY = DEFAULT_RETRY.with_timeout(90.0)
 """Also of writes: each names its whole content, so doing it twice does nothing new."""
 _TIMEOUT = (10, 60)
 """Seconds to connect, and between two pieces of an answer."""
+_SMALL = 8 * 1024 * 1024
+"""Bytes of a file up to which the client sends it in one request."""
 _LISTED = "items(name,size,crc32c,generation,metadata),nextPageToken"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -144,7 +146,7 @@ class GCSStore:
         return data
 
     def write(self, key: str, data: bytes) -> ObjectInfo:
-        """Write in one request, if it is not larger than 8 MB."""
+        """Write in one request, if it is not larger than 8 MiB."""
         return self._put(key, data)
 
     def create(self, key: str, data: bytes) -> bool:
@@ -167,11 +169,13 @@ class GCSStore:
 
     def upload(self, path: Path, key: str) -> ObjectInfo:
         """Write a file, verified by its CRC32C."""
+        with explained(path):
+            size = path.stat().st_size
+            if size <= _SMALL:
+                return self._put(key, path.read_bytes())
         checksum = checksum_of(path)
         blob = self._blob(key)
         blob.metadata = _metadata(checksum)
-        with explained(path):
-            size = path.stat().st_size
         with self._explained(key):
             blob.upload_from_filename(
                 str(path),

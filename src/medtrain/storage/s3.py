@@ -66,6 +66,8 @@ _CONFIG = Config(
     # Parts of objects carry no checksum that fits them; whole ones are asked for theirs.
     response_checksum_validation="when_required",
 )
+_SMALL = 8 * 1024 * 1024
+"""Bytes of a file up to which it is sent in one request, which the store verifies itself."""
 _TRANSFER = TransferConfig(
     multipart_threshold=4 * PART_SIZE, multipart_chunksize=PART_SIZE, max_concurrency=8
 )
@@ -201,6 +203,10 @@ class S3Store:
 
     def upload(self, path: Path, key: str) -> ObjectInfo:
         """Write a file; a large one in parallel parts, each verified by the store."""
+        with explained(path):
+            size = path.stat().st_size
+            if size <= _SMALL:
+                return self._put(key, path.read_bytes())
         checksum = checksum_of(path)
         address = self._address(key)
 
@@ -219,7 +225,6 @@ class S3Store:
 
         self._do(key, send)
         info = self.info(key)
-        size = path.stat().st_size
         if (info.size, info.checksum) != (size, checksum):
             raise ObjectDamaged(
                 f"{self.uri}/{key} must have {size} bytes and the checksum {checksum}, but the "

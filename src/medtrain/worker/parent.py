@@ -280,11 +280,11 @@ def _run_elastic(spec_path: Path, *, processes: int, grace_s: int) -> str:
         os.environ["PET_STANDALONE"] = "1"
     try:
         # The agent's own parser would take our options for its own: ours go in afterwards.
-        arguments = elastic.parse_args(["-m", "medtrain.worker"])
+        arguments = elastic.parse_args(["-m", "medtrain.worker"])  # type: ignore[no-untyped-call]
         arguments.training_script_args = ["--rank", str(spec_path)]
         arguments.max_restarts = 0
         arguments.shutdown_timeout = max(10, grace_s - 10)
-        elastic.run(arguments)
+        elastic.run(arguments)  # type: ignore[no-untyped-call]
     except SignalException as error:
         return f"stopped by {signal.Signals(error.sigval).name}"
     except ChildFailedError as error:

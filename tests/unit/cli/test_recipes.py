@@ -33,13 +33,13 @@ class TestRecipes:
     def test_every_system_shows_variants_stages_overlays_and_gates(self) -> None:
         output = call("recipes").output
         for recipe in recipes().values():
-            assert recipe.title in output
+            own = output.partition(f"{recipe.system}: {recipe.title}\n")[2].partition("\n\n")[0]
             for variant, stages in recipe.variants.items():
-                row = next(r for r in output.splitlines() if r.split()[:1] == [variant])
+                row = next(r for r in own.splitlines() if r.split()[:1] == [variant])
                 assert " → ".join(stages) in row
                 assert str(recipe.gates[variant]) in row
             for overlay in recipe.overlays:
-                assert f"+{overlay}" in output
+                assert f"+{overlay}" in own
 
     def test_a_system_shows_its_stages_and_what_overlays_do(self) -> None:
         output = call("recipes", "cephalometric").output

@@ -75,7 +75,7 @@ def test_a_failed_outcome_is_believed_before_the_exit_code(tmp_path, launcher) -
 
 
 def test_only_code_200_is_started_again_and_not_for_ever(tmp_path, launcher) -> None:
-    script = "import os, pathlib; open(os.environ['RUN'] + '-starts', 'a').write('x'); raise SystemExit({})"
+    script = "import os; open(os.environ['RUN'] + '-starts', 'a').write('x'); raise SystemExit({})"
     spec = job(tmp_path, script.format(200), attempts=2)
     launcher.submit(spec)
     with pytest.raises(JobFailed):

@@ -1,6 +1,7 @@
 """The compiled pipeline: its wiring, its parameters, its golden copy."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -25,13 +26,15 @@ def compiled(name: str, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def tasks(tmp_path_factory: pytest.TempPathFactory) -> dict:
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Any:
     text = compiled("cephalometric", tmp_path_factory.mktemp("compiled"))
     return next(yaml.safe_load_all(text))["root"]["dag"]["tasks"]
 
 
 @pytest.mark.parametrize("name", ["cephalometric", *COMPONENTS])
-def test_compiled_yaml_equals_the_golden_copy(name: str, tmp_path: Path, update_golden: bool) -> None:
+def test_compiled_yaml_equals_the_golden_copy(
+    name: str, tmp_path: Path, update_golden: bool
+) -> None:
     text = compiled(name, tmp_path)
     golden = GOLDEN / f"{name}.yaml"
     if update_golden:
@@ -40,7 +43,7 @@ def test_compiled_yaml_equals_the_golden_copy(name: str, tmp_path: Path, update_
     assert text == golden.read_text(), "run pytest --update-golden and read the difference"
 
 
-def test_stages_are_wired_as_the_recipe_says(tasks: dict) -> None:
+def test_stages_are_wired_as_the_recipe_says(tasks: Any) -> None:
     _, recipe = find("cephalometric")
     stages = recipe.stages("default")
     by_display_name = {task["taskInfo"]["name"]: (key, task) for key, task in tasks.items()}
@@ -58,10 +61,18 @@ def test_stages_are_wired_as_the_recipe_says(tasks: dict) -> None:
             }
 
 
-def test_every_step_shows_under_its_own_name(tasks: dict) -> None:
+def test_every_step_shows_under_its_own_name(tasks: Any) -> None:
     names = [task["taskInfo"]["name"] for task in tasks.values()]
     assert sorted(names) == sorted(
-        ["prepare", "baseline", "transformer", "multitask", "evaluate", "gate and register", "report"]
+        [
+            "prepare",
+            "baseline",
+            "transformer",
+            "multitask",
+            "evaluate",
+            "gate and register",
+            "report",
+        ]
     )
 
 
@@ -79,7 +90,7 @@ def test_site_is_a_parameter_of_every_step(tmp_path: Path) -> None:
         assert settings["secretAsEnv"], name
 
 
-def test_no_step_is_cached_by_kubeflow(tasks: dict) -> None:
+def test_no_step_is_cached_by_kubeflow(tasks: Any) -> None:
     assert all(not task["cachingOptions"].get("enableCache") for task in tasks.values())
 
 
@@ -93,5 +104,5 @@ def test_the_object_that_runs_is_the_one_that_is_compiled(tmp_path: Path) -> Non
 def test_unknown_name_and_wrong_ending_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean 'cephalometric'"):
         compile_to("cefalometric", tmp_path / "x.yaml")
-    with pytest.raises(ConfigError, match="must end in .yaml"):
+    with pytest.raises(ConfigError, match="must end in"):
         compile_to("cephalometric", tmp_path / "x.txt")

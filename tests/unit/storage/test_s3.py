@@ -104,6 +104,14 @@ def test_a_large_file_goes_up_in_parts_and_is_verified(
     assert (tmp_path / "back").read_bytes() == content
 
 
+def test_a_small_file_goes_up_in_one_request(through: Store, faulty_s3, tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"content")
+
+    through.upload(tmp_path / "small", "small")
+
+    assert [s.method for s in faulty_s3.seen] == ["PUT"]
+
+
 def test_a_large_object_comes_down_in_parts(
     through: Store, faulty_s3, small_parts: int, tmp_path: Path
 ) -> None:

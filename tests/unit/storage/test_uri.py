@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from medtrain.errors import ConfigError, StorageError
 from medtrain.storage.uri import (
     ObjectDamaged,
+    ObjectInfo,
     ObjectMissing,
     Store,
     join_uri,
@@ -130,7 +132,7 @@ def test_only_the_first_creates(store: Store) -> None:
 
 
 def test_a_race_to_create_has_exactly_one_winner(store: Store) -> None:
-    writers = 4
+    writers = 8
     with ThreadPoolExecutor(writers) as pool:
         for race in range(10):
             won = list(
@@ -211,6 +213,21 @@ def test_a_file_that_was_there_survives_a_refused_download(store: Store, tmp_pat
         store.download("a", tmp_path / "a", checksum=text_of("promised content"))
 
     assert (tmp_path / "a").read_bytes() == b"good"
+
+
+@pytest.mark.parametrize("kind", ["s3", "gs"])
+def test_an_upload_after_which_the_store_holds_something_else_is_an_error(
+    kind: str, new_uri: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(new_uri(kind))
+    (tmp_path / "large").write_bytes(b"content")
+    monkeypatch.setattr(sys.modules[type(store).__module__], "_SMALL", 0)
+    monkeypatch.setattr(
+        type(store), "info", lambda self, key: ObjectInfo(key, 3, text_of("content"), None)
+    )
+
+    with pytest.raises(ObjectDamaged, match=r"must have 7 bytes .* but the store says 3"):
+        store.upload(tmp_path / "large", "large")
 
 
 def test_uploading_what_is_not_there_is_one_sentence(store: Store, tmp_path: Path) -> None:

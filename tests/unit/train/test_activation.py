@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from medtrain.train.activation import checkpoint_activations
 
 
 class Net(nn.Module):
+    blocks: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(
@@ -41,9 +44,13 @@ def _pair() -> tuple[Net, Net]:
 
 def _step(net: Net, x: torch.Tensor) -> torch.Tensor:
     torch.manual_seed(7)
-    loss = net(x).square().sum()
+    loss: torch.Tensor = net(x).square().sum()
     loss.backward()
     return loss
+
+
+def _gradients(net: Net) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in net.parameters() if p.grad is not None])
 
 
 def test_loss_gradients_and_statistics_are_the_same():
@@ -51,10 +58,7 @@ def test_loss_gradients_and_statistics_are_the_same():
     x = torch.randn(3, 2, 8, 8)
     for _ in range(2):
         assert torch.equal(_step(plain, x), _step(frugal, x))
-    for (name, expected), (_, found) in zip(
-        plain.named_parameters(), frugal.named_parameters(), strict=True
-    ):
-        assert torch.equal(expected.grad, found.grad), name
+    assert torch.equal(_gradients(plain), _gradients(frugal))
     for name, expected in plain.state_dict().items():
         assert torch.equal(expected, frugal.state_dict()[name]), name
     # Each layer has seen each batch once, though it has computed it twice.
@@ -75,8 +79,7 @@ def test_frozen_statistics_are_used_in_both_passes():
         for block in net.blocks:
             block[1].eval()
         _step(net, x)
-    for expected, found in zip(plain.parameters(), frugal.parameters(), strict=True):
-        assert torch.equal(expected.grad, found.grad)
+    assert torch.equal(_gradients(plain), _gradients(frugal))
 
 
 def test_activations_are_computed_again_in_the_backward_pass_only():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def _blobs(run: RunDirectory) -> list[str]:
 
 def _value(found: checkpoint.LoadedCheckpoint | None) -> float:
     assert found is not None
-    return found.state["model"]["w"][0].item()
+    return float(found.state["model"]["w"][0])
 
 
 def _damage(run: RunDirectory, pointer: Pointer) -> None:
@@ -170,7 +171,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew_by_itself(r
     checkpoints = _attempt(run, tmp_path)
     _save(checkpoints, 1)
     _damage(run, checkpoints.pointers()["last"])
-    with pytest.raises(CheckpointError, match="none is. Start the run from the beginning"):
+    with pytest.raises(CheckpointError, match=r"none is\. Start the run from the beginning"):
         checkpoints.load_newest()
 
 
@@ -225,7 +226,7 @@ def test_training_goes_on_while_the_storage_is_away(run, tmp_path, monkeypatch):
 
 def test_a_storage_that_stays_away_ends_the_run(run, tmp_path, monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(checkpoint.time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
     checkpoints = _attempt(run, tmp_path, max_undurable_minutes=1.0)
     _break_uploads(run, monkeypatch)
     _save(checkpoints, 1)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -44,7 +46,7 @@ def test_it_has_its_closed_form():
 def test_it_averages_from_its_first_update_unlike_torchs():
     model = _model()
     ours = AveragedModel(model, Ema(decay=0.9))
-    theirs = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9))
+    theirs: Any = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9))
     values = []
     for value in (2.0, 4.0, 8.0):
         _fill(model, value)

@@ -36,6 +36,7 @@ class Driver:
         self.learner.set_schedules(steps_per_epoch=5, total_steps=30)
         self.batches: Iterator[Batch] = iter(task.build_loader("train", Shard(0, 1, 0, epoch=1)))
         self.num_steps = 0
+        self.model: Any = self.learner.model
 
     def step(self, *, epoch: int = 1, batch: Batch | None = None) -> StepReport:
         clock = Clock(epoch, self.num_steps, 0.0)
@@ -118,7 +119,7 @@ def test_a_loss_that_is_not_finite_ends_before_the_step(tiny_data):
 
 def test_a_gradient_that_is_not_finite_names_group_and_cases(tiny_data):
     driver = Driver(_stage(), tiny_data)
-    driver.learner.model.head.weight.register_hook(lambda grad: grad * math.inf)
+    driver.model.head.weight.register_hook(lambda grad: grad * math.inf)
     batch = next(driver.batches)
     with pytest.raises(TrainingDiverged, match="the gradient of all is not, for case_"):
         driver.step(batch=batch)
@@ -167,7 +168,7 @@ def test_a_scale_has_no_part_in_the_step(tiny_data):
 def test_a_scaler_that_skips_for_too_long_is_divergence(tiny_data):
     driver = Driver(_stage(), tiny_data)
     _with_scaler(driver, 1.0)
-    driver.learner.model.head.weight.register_hook(lambda grad: grad * math.inf)
+    driver.model.head.weight.register_hook(lambda grad: grad * math.inf)
     batch = next(driver.batches)
     for _ in range(16):
         driver.step(batch=batch)

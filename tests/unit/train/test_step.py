@@ -31,15 +31,11 @@ class Net(nn.Module):
 class Terms:
     """A task whose terms `near` and `far` use a head each."""
 
-    def __init__(self, *, extra: Mapping[str, Tensor] | None = None) -> None:
-        self.extra = dict(extra or {})
-        self.num_stops_left = math.inf
-
     def losses(self, model: Any, batch: dict[str, Any], clock: Clock) -> dict[str, Tensor]:
         features = model.body(batch["x"])
         terms = {"near": model.near(features).square().mean()}
         terms["far"] = model.far(features).square().mean()
-        return {**terms, **self.extra}
+        return terms
 
     def predict(self, model: Any, batch: dict[str, Any], clock: Clock) -> list[dict[str, Any]]:
         values = model.near(model.body(batch["x"]))[:, 0].tolist()
@@ -49,15 +45,18 @@ class Terms:
         ]
 
 
-def _stage(epochs: int = 10, **losses: LossTerm) -> TinyStage:
+def _stage(losses: Mapping[str, LossTerm]) -> TinyStage:
     base = RECIPE.variants["default"]["base"]
+    assert isinstance(base, TinyStage)
     terms = losses or {"near": LossTerm(), "far": LossTerm(weight=0.5)}
-    return base.model_copy(update={"losses": FrozenDict(terms), "epochs": epochs})
+    return base.model_copy(update={"losses": FrozenDict(terms), "epochs": 10})
 
 
-def _step(task: Any = None, **losses: LossTerm) -> TrainStep:
+def _step(*, precision: str = "fp32", **losses: LossTerm) -> Any:
     torch.manual_seed(0)
-    return TrainStep(Net(), task=task or Terms(), stage=_stage(**losses))
+    task: Any = Terms()
+    stage = _stage(losses).model_copy(update={"precision": precision})
+    return TrainStep(Net(), task=task, stage=stage)
 
 
 def _batch(*case_ids: str) -> dict[str, Any]:
@@ -98,8 +97,7 @@ def test_an_epoch_without_an_active_term_is_refused():
 
 
 def test_arithmetic_of_half_precision_gives_a_loss_of_single_precision():
-    stage = _stage().model_copy(update={"precision": "bf16"})
-    step = TrainStep(Net(), task=Terms(), stage=stage)
+    step = _step(precision="bf16")
     seen = []
     step.model.near.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     assert step(_batch(), CLOCK).loss.dtype == torch.float32
@@ -174,11 +172,10 @@ def test_phases_differ_by_what_learns_and_by_what_counts():
     assert Phase.of(step, groups, 4) == Phase(groups=("body", "far"), terms=("near", "far"))
 
 
-def test_judging_means_over_cases_and_gives_each_case_once():
+def test_judging_means_over_cases_and_sorts_rows_by_case():
     step = _step()
     batches = [_batch("d", "c", "b"), _batch("a")]
-    # The doubled case of a padded share: its first row counts.
-    judgement = judge(step, [*batches, _batch("a")][:2], clock=CLOCK, process=Process())
+    judgement = judge(step, batches, clock=CLOCK, process=Process())
     assert judgement is not None
     assert [row["case_id"] for row in judgement.rows] == ["a", "b", "c", "d"]
     losses = [step(batch, CLOCK).loss.item() for batch in batches]

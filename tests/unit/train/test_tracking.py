@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -20,6 +21,7 @@ from medtrain.train.tracking import CompositeTracker, RunLabels, build_tracker
 from medtrain.train.tracking.console import ConsoleTracker
 from medtrain.train.tracking.jsonlines import JsonLinesTracker, SegmentFollower
 from medtrain.train.tracking.uploads import Uploads
+from medtrain.train.tracking.wandb import WandbTracker
 
 LABELS = RunLabels("cephalometric", "smoke", "baseline", "0123abcd", is_synthetic=True)
 
@@ -292,11 +294,50 @@ def test_wandb_offline_writes_a_run(run, tmp_path, monkeypatch):
     )
     tracker.log_config({"optim": {"lr": 0.1}})
     tracker.log_metrics({"val_loss": 0.25}, step=3)
-    tracker.close()
+    tracker.close(timeout_s=200)
     [log_file] = (tmp_path / "local" / "wandb").rglob("run-*.wandb")
     content = log_file.read_bytes()
     assert b"val_loss" in content
     assert LABELS.key.encode() in content
+
+
+def test_wandb_that_does_not_finish_is_left_behind_with_the_command_that_sends_the_rest(
+    run, tmp_path, monkeypatch, caplog
+):
+    released = threading.Event()
+    wandb = SimpleNamespace(
+        init=lambda **_: SimpleNamespace(finish=lambda exit_code: released.wait(60)),
+        Settings=lambda **_: None,
+        teardown=lambda: None,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    tracker = WandbTracker(tmp_path, project="medtrain", key="0123", name="a", tags={})
+    with caplog.at_level(logging.WARNING):
+        tracker.close(timeout_s=0.05)
+    released.set()
+    assert "wandb sync" in caplog.text
+
+
+def test_wandb_out_of_reach_at_the_start_is_left_out(run, tmp_path, monkeypatch, caplog):
+    def init(**_):
+        raise RuntimeError("no network")
+
+    wandb = SimpleNamespace(init=init, Settings=lambda **_: None)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with caplog.at_level(logging.WARNING):
+        tracker = build_tracker(
+            run,
+            attempt=1,
+            from_step=0,
+            folder=tmp_path / "local",
+            labels=LABELS,
+            use_tensorboard=False,
+            use_wandb=True,
+        )
+        tracker.log_metrics({"val_loss": 0.25}, step=3)
+        tracker.close()
+    assert "left out: no network" in caplog.text
+    assert len(read_metrics(run)) == 1
 
 
 def test_wandb_without_its_package_names_the_command(run, tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def test_a_run_arrives_with_metrics_parameters_tags_artifacts_and_its_end(
     picture = tmp_path / "picture.png"
     picture.write_bytes(b"picture")
     tracker.log_artifact(picture, "pictures/worst.png")
-    tracker.close()
+    tracker.close(timeout_s=200)
     found = the_run(client)
     assert history(client, "train_loss") == [(step, 1.0 / step) for step in range(1, 6)]
     assert found.info.status == "FINISHED"
@@ -127,7 +127,7 @@ def test_a_run_arrives_with_metrics_parameters_tags_artifacts_and_its_end(
 def test_the_end_of_a_start_is_the_runs_status(state, status, run, tracking_uri, client, tmp_path):
     tracker = start(run, tracking_uri, tmp_path)
     tracker.log_metrics({"loss": 1.0}, step=1)
-    tracker.close(state=state)
+    tracker.close(state=state, timeout_s=200)
     assert the_run(client).info.status == status
 
 
@@ -145,7 +145,7 @@ def test_after_a_crash_the_same_mlflow_run_goes_on_and_has_each_step_once(
     second.log_config({"job": {"memory": "8Gi"}, "seed": 1, "new": 2})
     for step in range(6, 11):
         second.log_metrics({"loss": float(step), "val_loss": float(step)}, step=step)
-    second.close()
+    second.close(timeout_s=200)
     assert history(client, "loss") == [(step, float(step)) for step in range(1, 11)]
     assert [step for step, _ in history(client, "val_loss")] == list(range(6, 11))
     found = the_run(client)
@@ -171,10 +171,10 @@ def test_what_mlflow_missed_of_an_earlier_start_is_sent_by_the_next(
     first = start(run, "", tmp_path)
     for step in range(1, 4):
         first.log_metrics({"loss": float(step)}, step=step)
-    first.close(state="killed")
+    first.close(state="killed", timeout_s=200)
     second = start(run, tracking_uri, tmp_path, attempt=2, from_step=2)
     second.log_metrics({"loss": 3.5}, step=3)
-    second.close()
+    second.close(timeout_s=200)
     assert history(client, "loss") == [(1, 1.0), (2, 2.0), (3, 3.5)]
 
 
@@ -182,7 +182,7 @@ def test_more_values_than_one_call_takes_arrive_in_order(run, tracking_uri, clie
     tracker = start(run, tracking_uri, tmp_path)
     for step in range(1, 31):
         tracker.log_metrics({f"m{n}": float(step) for n in range(50)}, step=step)
-    tracker.close()
+    tracker.close(timeout_s=200)
     expected = [(step, float(step)) for step in range(1, 31)]
     assert history(client, "m0") == expected
     assert history(client, "m49") == expected
@@ -214,7 +214,7 @@ def test_an_outage_is_said_once_and_loses_and_doubles_nothing(
     with caplog.at_level(logging.WARNING):
         for step in range(1, 4):
             tracker.log_metrics({"loss": float(step)}, step=step)
-        tracker.close()
+        tracker.close(timeout_s=200)
     assert history(client, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert len(calls) >= 2
     assert sum("does not take metrics" in message for message in caplog.messages) == 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_recipe.config import RECIPE, TinyModel, TinyStage
 from tiny_recipe.runs import Attempt, RunsTask, Scenario, make_task, run_scenarios, start
+from torch import multiprocessing
 from torch.utils.data import DataLoader
 
 from medtrain.config import (
@@ -105,7 +106,7 @@ def test_six_epochs_are_three_and_three_bit_by_bit(whole, whole_folder, tiny_dat
     stage = _stage(**FULL)
     assert whole.result.epoch == 6
     # 5 steps an epoch: in mid-epoch, in the validation of epoch 3, after an epoch's last step.
-    metrics = {}
+    metrics: dict[int, dict[str, float]] = {}
     for stop_in_step, stop_in_validation_of, stopped_at in (
         (7, None, 8),
         (None, 3, 15),
@@ -171,6 +172,11 @@ def test_saving_within_an_epoch_changes_nothing(whole, tiny_data, tmp_path):
     assert steps == {*range(3, 31, 3), *range(5, 31, 5)}
 
 
+def _batches_of(loader: DataLoader[Any]) -> list[list[int]]:
+    batches: Any = loader.batch_sampler
+    return list(batches)
+
+
 class _Curriculum:
     """A sampler that learns: it remembers how often it was asked."""
 
@@ -197,7 +203,7 @@ class _CurriculumTask(RunsTask):
         loader = super().build_loader(split, shard)
         if split == "val":
             return loader
-        sampler = _Curriculum(list(loader.batch_sampler))
+        sampler = _Curriculum(_batches_of(loader))
         return DataLoader(loader.dataset, batch_sampler=sampler)
 
 
@@ -452,20 +458,21 @@ def test_names_of_training_states_are_not_for_criteria(tiny_data, tmp_path):
 
 
 class _Irregular(RunsTask):
-    num_batches = {1: 10, 2: 0}
+    second = 10
+    """Batches in epoch 2."""
 
     def build_loader(self, split: str, shard: Shard) -> DataLoader[Any]:
         loader = super().build_loader(split, shard)
         if split == "val":
             return loader
-        batches = list(loader.batch_sampler)[: self.num_batches[shard.epoch]]
+        batches = (_batches_of(loader) * 2)[: 10 if shard.epoch == 1 else self.second]
         return DataLoader(loader.dataset, batch_sampler=batches)
 
 
 @pytest.mark.parametrize(("second", "said"), [(7, "gives 7"), (11, "gives more")])
 def test_an_epoch_of_another_length_is_refused(tiny_data, tmp_path, second, said):
     task = _Irregular(make_task(_stage(batch=Batch(global_=8, micro=2)), tiny_data).context)
-    task.num_batches = {1: 10, 2: second}
+    task.second = second
     with pytest.raises(DataError, match=f"10 batches in every epoch, but {said}"):
         start(task, tmp_path)
 
@@ -489,7 +496,7 @@ def ranks(tiny_data: Path, spoiled_data: Path, tmp_path_factory: pytest.TempPath
         Scenario("whole4", four, 4),
         Scenario("parts4", four, 4, stops=(4,)),
     ]
-    torch.multiprocessing.spawn(
+    multiprocessing.spawn(  # type: ignore[attr-defined]
         run_scenarios, args=(scenarios, _free_ports(2, 4), tiny_data, out), nprocs=4
     )
     return out

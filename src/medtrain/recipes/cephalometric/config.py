@@ -339,7 +339,9 @@ def _smoke() -> Mapping[str, CephalometricStage]:
         "transformer": ("encoder", "bottleneck", "decoder"),
         "multitask": ("encoder", "bottleneck", "fusion", "decoder", "coord_head"),
     }
-    patterns = {name: (f"{name}.*",) for name in ("encoder", "bottleneck", "fusion", "coord_head")}
+    patterns: dict[str, tuple[str, ...]] = {
+        name: (f"{name}.*",) for name in ("encoder", "bottleneck", "fusion", "coord_head")
+    }
     patterns["decoder"] = ("decoder.*", "heatmap_head.*")
     rates = {"baseline": 3e-3, "transformer": 1e-3, "multitask": 1e-3}
     for stage_name, stage in stages.items():

@@ -56,7 +56,7 @@ class CephalometricTask:
     """The five questions for landmarks on lateral films."""
 
     weights_report: MatchReport | None = None
-    """What pretrained weights supplied, once the model is built; None where a checkpoint follows."""
+    """What pretrained weights supplied, once the model is built; None if a checkpoint follows."""
 
     def __init__(self, context: TaskContext) -> None:
         assert isinstance(context.stage, CephalometricStage)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from medtrain.errors import ConfigError
 from medtrain.mistakes import join_path
 from medtrain.overrides import leaves
 from medtrain.train.tracking.tracker import EndState
+
+log = logging.getLogger(__name__)
 
 _INIT_TIMEOUT_S = 30.0
 
@@ -76,4 +80,21 @@ class WandbTracker:
         """Nothing: W&B's own process sends."""
 
     def close(self, *, state: EndState = "finished", timeout_s: float = 30.0) -> None:
+        # Without a network W&B would wait for hours.
+        thread = threading.Thread(target=self._finish, args=(state,), name="wandb", daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+        if thread.is_alive():
+            log.warning(
+                "Weights & Biases did not take everything within %.0f s; to send the rest: wandb "
+                "sync %s/wandb/*run-*",
+                timeout_s,
+                self._folder,
+            )
+
+    def _finish(self, state: EndState) -> None:
+        import wandb
+
         self._run.finish(exit_code=0 if state == "finished" else 1)
+        # Its own process may still be writing.
+        wandb.teardown()
