@@ -14,6 +14,8 @@ from medtrain.pipelines.site import place
 
 
 class Results(NamedTuple):
+    """What the pipeline answers."""
+
     model: str
     report: str
 

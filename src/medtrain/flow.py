@@ -21,7 +21,7 @@ from medtrain.config import Data, StageConfig, digest, identity
 from medtrain.data.manifest import Case, Manifest
 from medtrain.data.prepare import listing_fingerprint, load
 from medtrain.data.splits import SplitRow, fingerprint, is_test, is_trainable, select
-from medtrain.doctor.examine import blocking, examine
+from medtrain.doctor.examine import blocking, check_allowed, examine
 from medtrain.errors import ConfigError, DataError, JobFailed, MedTrainError
 from medtrain.identity import code_fingerprint
 from medtrain.launch.job import build_job
@@ -504,7 +504,8 @@ def run_stage(
     """Train one stage; mistakes and the doctor's errors surface before a resource is asked for."""
     plan = plan_training(name, overrides, data_uri=data_uri, parent_uri=parent_uri, again=again)
     diagnosis = examine(plan.resolution, facts=_facts(plan))
-    for finding in diagnosis.findings:
+    check_allowed(plan.resolution.recipe, allow)
+    for finding in (found for found in diagnosis.findings if found.severity != "info"):
         say(f"doctor: {finding.rule} ({finding.severity}): {finding.message}")
     stops = blocking(diagnosis, allow)
     if stops:

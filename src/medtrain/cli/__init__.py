@@ -13,7 +13,7 @@ from medtrain.errors import ConfigError, MedTrainError
 app = typer.Typer(
     name="medtrain",
     help="Train, judge and register medical-imaging models: on a laptop as on a cluster.",
-    epilog="Begin with: medtrain demo. Then: medtrain recipes, medtrain show NAME, medtrain run NAME.",
+    epilog="Begin with: medtrain demo. Then: medtrain recipes, show NAME, run NAME.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",

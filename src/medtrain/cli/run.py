@@ -56,12 +56,16 @@ def run(
     from medtrain.recipes import find
     from medtrain.settings import settings
 
-    recipe_name, _ = find(name)
+    recipe_name, recipe = find(name)
     typer.echo(f"local state: {settings().home.absolute()}")
     if again:
         again_number = int(time.time())
         typer.echo(f"repetition {again_number}: go on with it by --again-number {again_number}")
-    values = [*_values_of(config), *(overrides or [])]
+    values = list(overrides or [])
+    if config is not None:
+        from medtrain.overrides import file_as_assignments
+
+        values = [*file_as_assignments(config, stage_type=recipe.stage_type), *values]
     if recipe_name.stage is None:
         refused = {"--data": data, "--parent": parent, "--retry": retry, "--allow": allow}
         given = [option for option, value in refused.items() if value]
@@ -78,14 +82,6 @@ def run(
         retry=retry,
         allow=allow or [],
     )
-
-
-def _values_of(config: Path | None) -> list[str]:
-    if config is None:
-        return []
-    from medtrain.overrides import file_as_assignments
-
-    return file_as_assignments(config)
 
 
 def _run_pipeline(system: str, variant: str, overrides: list[str], again: int) -> None:
@@ -113,7 +109,11 @@ def _run_chain(
     system = f"{recipe_name.system}/{recipe_name.variant}"
     *earlier, stage = chain(recipe_name)
     # An earlier stage is the recipe's own, on the same data: other values are the named stage's.
-    shared = [text for text in overrides if text.startswith(("data.", "job."))]
+    shared = [
+        text
+        for text in overrides
+        if text.startswith(("data.", "job.")) and not text.startswith("data.augmentation.")
+    ]
     data_uri = data_uri or run_prepare(system, shared).uri
     for earlier_stage in [] if parent_uri else earlier:
         say(f"{system}:{earlier_stage} comes first")

@@ -104,8 +104,9 @@ class Report:
         values = dict(outcome.metrics) if outcome else {}
         if not values and self.subject.metrics:
             values = _at_best(self.subject)
-        prefixes = ("test_",) if self.is_evaluation else ("val_",)
-        chosen = {n: v for n, v in values.items() if n.startswith(prefixes)} or values
+        # An evaluation may have further test splits, with names of their own.
+        judged = {n: v for n, v in values.items() if n.startswith("val_")}
+        chosen = values if self.is_evaluation else judged or values
         if not chosen:
             return None
         first = str((self.verdict or {}).get("metric") or self.subject.monitor[0])

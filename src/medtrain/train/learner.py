@@ -120,7 +120,7 @@ class Learner:
             self._wrapped = self.step
             if self._process.world_size > 1:
                 # Buffers are shared before validating and saving: nothing reads them earlier.
-                self._wrapped = DistributedDataParallel(self.step, broadcast_buffers=False)
+                self._wrapped = DistributedDataParallel(self.step, forward_sync_buffers=False)
             probe(self._wrapped, batch, clock(epoch))
 
     def open_step(self, clock: Clock, *, num_batches: int) -> None:

@@ -48,6 +48,8 @@ class End:
     code: int
     reason: str
     outcome: Outcome | None = None
+    is_final: bool = True
+    """Whether a verdict is one on the run, and not on this start alone."""
     step: int = 0
     durable_step: int = 0
 
@@ -97,6 +99,9 @@ def _attempt(plan: Plan, key: str, work: Callable[[Plan, int, Path], End]) -> in
     if known is not None and (known.state != "done" or run.holds_what_it_names(known)):
         log.info("run %s is %s already", plan.key, known.state.replace("_", " "))
         return EXIT_DONE if known.state == "done" else EXIT_VERDICT
+    if known is not None:
+        log.warning("run %s was done, but what it made is gone: it is made again", plan.key)
+        run.retract_verdict()
     fruitless = run.fruitless_attempts()
     if fruitless >= plan.stage.job.attempts:
         reason = f"{fruitless} starts in a row ended without a new checkpoint"
@@ -118,7 +123,7 @@ def _attempt(plan: Plan, key: str, work: Callable[[Plan, int, Path], End]) -> in
         end = End(EXIT_RETRY, f"{type(error).__name__}: {error}")
     if end.outcome is not None:
         run.write_outcome(end.outcome)
-    elif end.code == EXIT_VERDICT:
+    elif end.code == EXIT_VERDICT and end.is_final:
         run.write_outcome(Outcome("failed", end.reason, details=_verdict_details(plan)))
     run.end_attempt(attempt, AttemptEnd(end.code, end.reason, end.step, end.durable_step))
     shutil.rmtree(scratch, ignore_errors=True)
@@ -312,13 +317,17 @@ def _decide(scratch: Path, failure: str) -> End:
     result = _read_json(scratch / "result.json")
     stopped = _read_json(scratch / "stopped.json")
     if verdicts:
-        return End(EXIT_VERDICT, min(verdicts, key=lambda r: r["time_ns"])["sentence"])
+        first = min(verdicts, key=lambda record: record["time_ns"])
+        # A newer attempt goes on with the run: that ends this start, not the run.
+        is_final = first["type"] != "RunTakenOver"
+        return End(EXIT_VERDICT, first["sentence"], is_final=is_final)
     if not failure and result is not None:
         outcome = Outcome("done", **result["outcome"])
-        return End(EXIT_DONE, "done", outcome, result.get("step", 0), result.get("step", 0))
+        step = result.get("step", 0)
+        return End(EXIT_DONE, "done", outcome, step=step, durable_step=step)
     if stopped is not None:
         step = stopped["step"]
-        return End(EXIT_STOPPED, f"stopped after step {step}", None, step, step)
+        return End(EXIT_STOPPED, f"stopped after step {step}", step=step, durable_step=step)
     if "killed by signal" in failure or not records:
         return End(EXIT_RETRY, failure or "the ranks ended without a result")
     first = min(records, key=lambda record: record["time_ns"])

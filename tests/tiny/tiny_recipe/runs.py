@@ -153,6 +153,8 @@ class Scenario:
     world_size: int
     stops: tuple[int, ...] = ()
     """Optimizer steps done before those in which the last rank asks for a stop."""
+    is_finished: bool = True
+    """Whether it is started again after the last stop."""
     data_path: Path | None = None
     """Another data set than the common one."""
 
@@ -187,7 +189,7 @@ def _run(scenario: Scenario, process: Process, data_path: Path, out: Path) -> di
     metrics: dict[int, dict[str, float]] = {}
     stopped_at = []
     is_last_rank = process.rank == process.world_size - 1
-    for stop_in_step in (*scenario.stops, None):
+    for stop_in_step in (*scenario.stops, *([None] if scenario.is_finished else [])):
         task = make_task(scenario.stage, data_path)
         if is_last_rank:
             task.stop_in_step = stop_in_step

@@ -148,6 +148,13 @@ def test_model_stands_beside_baseline_floor_and_interval_the_gates_metric_first(
     ]
 
 
+def test_figures_of_every_test_split_are_shown(writer):
+    run = writer.run(facts={"verb": "evaluate"})
+    run.write_outcome(Outcome("done", metrics={"test_mre_mm": 2.0, "test1_mre_mm": 1.0}))
+    page = Page(render_report(run))
+    assert page.table("metric")[1:] == [["test_mre_mm", "2"], ["test1_mre_mm", "1"]]
+
+
 def test_gate_tells_bound_value_reason_and_champion(page):
     for words in (
         "test_mre_mm <= 20",

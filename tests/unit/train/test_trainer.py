@@ -389,6 +389,19 @@ def test_early_stopping_ends_the_stage_for_good(tiny_data, tmp_path):
     assert again.result == attempt.result
 
 
+def test_the_end_of_a_stage_is_saved_whatever_the_interval(tiny_data, tmp_path):
+    checkpoint = BASE.checkpoint.model_copy(update={"every_epochs": 7})
+    stages = {
+        "all": _stage(epochs=2, checkpoint=checkpoint),
+        "early": _stage(epochs=20, checkpoint=checkpoint, early_stop=EarlyStop(patience=2)),
+    }
+    for name, stage in stages.items():
+        task = _WorseAndWorse(make_task(stage, tiny_data).context)
+        result = start(task, tmp_path / name).result
+        run = RunDirectory.open(str(tmp_path / name / "run"))
+        assert [pointer.step for pointer in run.pointers("last")] == [result.step]
+
+
 class _Silent(RunsTask):
     def summarize(self, rows: Any) -> dict[str, float]:
         return {"mae": float("nan")}
@@ -492,6 +505,7 @@ def ranks(tiny_data: Path, spoiled_data: Path, tmp_path_factory: pytest.TempPath
         Scenario("whole2", two, 2),
         Scenario("parts2", two, 2, stops=(7, 19)),
         Scenario("doubled", doubled, 2),
+        Scenario("moved", doubled, 2, stops=(6,), is_finished=False),
         Scenario("diverged", doubled, 2, data_path=spoiled_data),
         Scenario("whole4", four, 4),
         Scenario("parts4", four, 4, stops=(4,)),
@@ -545,6 +559,16 @@ def test_two_processes_equal_one_with_a_double_batch(ranks, tiny_data, tmp_path)
         assert torch.allclose(two["weights"][name], expected, rtol=0, atol=1e-6), name
     for step, expected_metrics in one.metrics.items():
         assert two["metrics"][step] == pytest.approx(expected_metrics, rel=1e-5)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(ranks, tiny_data):
+    # Stopped by two in mid-epoch, finished by one: the same cases meet in every step.
+    stage = _stage(epochs=3, model=PLAIN, batch=Batch(global_=8, micro=4))
+    attempt = start(make_task(stage, tiny_data), ranks / "moved")
+    assert _outcome(ranks, "moved", 0)["stopped_at"] == [7]
+    assert attempt.result.step == 15
+    for name, expected in _outcome(ranks, "doubled", 0)["weights"].items():
+        assert torch.allclose(attempt.weights[name], expected, rtol=0, atol=1e-6), name
 
 
 def test_every_validation_case_is_judged_once(ranks):

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from medtrain.config import (
     Batch,
@@ -49,7 +49,7 @@ class Augmentation(Section):
     intensity: float = Field(1.0, ge=0.0, le=1.0)
     """Part of the ranges below that is used."""
     rotation_deg: float = Field(15.0, ge=0.0, le=180.0)
-    scale: tuple[float, float] = (0.8, 1.2)
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.8, 1.2)
     translation: float = Field(0.10, ge=0.0, lt=1.0)
     """Part of each side."""
     brightness: float = Field(0.20, ge=0.0, lt=1.0)
@@ -57,6 +57,12 @@ class Augmentation(Section):
     flip: bool = False
     """Mirror left and right. A lateral film has one facing side and no mirror pairs of landmarks:
     off."""
+
+    @model_validator(mode="after")
+    def _scale_is_a_range(self) -> Self:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"scale must be [smallest, largest], but is {list(self.scale)}")
+        return self
 
 
 class CephalometricData(Data):
@@ -69,11 +75,17 @@ class CephalometricData(Data):
     """Whose landmarks are the truth. Published figures differ in this: every report names it."""
     landmarks: Literal["isbi19", "maht7"] = "isbi19"
     mm_per_pixel: float | None = Field(None, gt=0.0)
-    """Pixel size of the raw films; default: 0.1 for films of 1935 x 2400, else what the data set's
-    dataset.json says."""
+    """Pixel size of the raw films; default: what the data set's dataset.json says, else 0.1 for
+    films of 1935 x 2400."""
     image_size: tuple[int, int] = (512, 512)
     """Height and width of the model's input; films are letterboxed. Multiples of 32."""
     augmentation: Augmentation = Augmentation()
+
+    @model_validator(mode="after")
+    def _fold_exists(self) -> Self:
+        if self.protocol in ("holdout_5fold", "challenge") and self.fold >= 5:
+            raise ValueError(f"fold must be 0 to 4 with protocol {self.protocol}")
+        return self
 
     @model_validator(mode="after")
     def _size_fits_encoder(self) -> Self:
