@@ -6,7 +6,10 @@ The tree::
     ├── ConfigError         a name, a value or a combination of values is wrong
     ├── DataError           the data cannot be used as they are
     ├── StorageError        an object store or a disk did not do what it was asked
+    │   ├── ObjectMissing
+    │   └── ObjectDamaged
     ├── CheckpointError     no usable checkpoint where one was promised
+    │   └── WeightsMismatch weights are not those of this network
     ├── TrainingDiverged    a loss or a gradient is not finite
     ├── LaunchError         a job could not be started or followed
     │   ├── JobFailed
@@ -50,8 +53,20 @@ class StorageError(MedTrainError):
     """An object store or a disk failed, refused or lacks what was asked for."""
 
 
+class ObjectMissing(StorageError):
+    """There is no object of that key."""
+
+
+class ObjectDamaged(StorageError):
+    """An object's bytes are not those that its checksum promises."""
+
+
 class CheckpointError(MedTrainError):
     """A checkpoint is absent, damaged or does not fit the model."""
+
+
+class WeightsMismatch(CheckpointError):
+    """Weights are unreadable, or not those of this network."""
 
 
 class TrainingDiverged(MedTrainError):
@@ -80,4 +95,5 @@ class RegistryError(MedTrainError):
 
 def is_verdict(error: BaseException) -> bool:
     """Whether `error` follows from the run's own inputs, so that trying again cannot help."""
-    return isinstance(error, ConfigError | DataError | TrainingDiverged | RegistryError)
+    verdicts = ConfigError | DataError | WeightsMismatch | TrainingDiverged | RegistryError
+    return isinstance(error, verdicts)

@@ -163,6 +163,7 @@ class Plan:
     code: str
     argv: tuple[str, ...]
     overrides: tuple[str, ...] = ()
+    again: int = 0
     data: PreparedData | None = None
     rows: tuple[SplitRow, ...] = ()
     weights: Mapping[str, FoundWeights] = field(default_factory=dict)
@@ -325,6 +326,7 @@ def plan_training(
         code=code,
         argv=tuple(argv),
         overrides=tuple(overrides),
+        again=again,
         data=data,
         rows=rows,
         weights=weights,
@@ -360,6 +362,7 @@ def plan_evaluation(run_uri: str, *, data_uri: str, again: int = 0) -> Plan:
         key=key,
         code=code,
         argv=tuple(argv),
+        again=again,
         data=data,
         rows=rows,
         parent=run,

@@ -11,9 +11,9 @@ from typing import BinaryIO, TypeVar
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 
-from medtrain.errors import StorageError
+from medtrain.errors import ObjectDamaged, StorageError
 from medtrain.storage.files import COMPUTABLE, checksums_of, explained, kind_of, writing
-from medtrain.storage.uri import ObjectDamaged, ObjectInfo
+from medtrain.storage.uri import ObjectInfo
 
 PART_SIZE = 16 * 1024 * 1024
 """Bytes of one request; a larger object is fetched in parallel parts."""

@@ -32,14 +32,12 @@ from requests.adapters import HTTPAdapter
 from requests.exceptions import RequestException
 from urllib3.exceptions import HTTPError
 
-from medtrain.errors import StorageError
+from medtrain.errors import ObjectDamaged, ObjectMissing, StorageError
 from medtrain.storage.download import PART_SIZE, Opened, Sink, download
 from medtrain.storage.files import checksum_of, explained
 from medtrain.storage.uri import (
     BucketUri,
-    ObjectDamaged,
     ObjectInfo,
-    ObjectMissing,
     check_key,
     check_prefix,
     join_uri,

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from medtrain.errors import StorageError
+from medtrain.errors import ObjectMissing, StorageError
 from medtrain.storage.download import verified
 from medtrain.storage.files import explained, is_temporary, sync_folder, writing
-from medtrain.storage.uri import ObjectInfo, ObjectMissing, check_key, check_prefix
+from medtrain.storage.uri import ObjectInfo, check_key, check_prefix
 
 _ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 

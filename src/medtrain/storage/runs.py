@@ -28,8 +28,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from medtrain.errors import CheckpointError
-from medtrain.storage.uri import ObjectDamaged, ObjectMissing, Store, open_store, sha256_of
+from medtrain.errors import CheckpointError, ObjectDamaged, ObjectMissing
+from medtrain.storage.uri import Store, open_store, sha256_of
 
 T = TypeVar("T")
 

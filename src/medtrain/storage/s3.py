@@ -31,7 +31,7 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as BotoConnectionError
 from urllib3.exceptions import HTTPError
 
-from medtrain.errors import StorageError
+from medtrain.errors import ObjectDamaged, ObjectMissing, StorageError
 from medtrain.storage.download import (
     PART_SIZE,
     Interrupted,
@@ -43,9 +43,7 @@ from medtrain.storage.download import (
 from medtrain.storage.files import checksum_of, explained
 from medtrain.storage.uri import (
     BucketUri,
-    ObjectDamaged,
     ObjectInfo,
-    ObjectMissing,
     check_key,
     check_prefix,
     join_uri,

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from medtrain.errors import StorageError
+from medtrain.errors import ObjectMissing, StorageError
 from medtrain.storage.files import COMPUTABLE, checksum_of, kind_of
-from medtrain.storage.uri import ObjectMissing, Store, check_key, open_store
+from medtrain.storage.uri import Store, check_key, open_store
 
 Progress = Callable[[int, int], None]
 """Told (files done, files in all), by the thread that called."""

@@ -13,26 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from medtrain.errors import ConfigError, StorageError
-from medtrain.storage.files import sha256_of
-
-__all__ = [
-    "ObjectDamaged",
-    "ObjectInfo",
-    "ObjectMissing",
-    "Store",
-    "check_key",
-    "join_uri",
-    "open_store",
-    "sha256_of",
-]
-
-
-class ObjectMissing(StorageError):
-    """There is no object of that key."""
-
-
-class ObjectDamaged(StorageError):
-    """An object's bytes are not those that its checksum promises."""
+from medtrain.storage.files import sha256_of as sha256_of
 
 
 @dataclass(frozen=True)

@@ -140,6 +140,8 @@ class Checkpoints:
             waiting.path.unlink()
             self._waiting.remove(waiting)
         self._waiting.append(self._write(state, step, names))
+        # `last` remembers the best scores: it must not be out before their weights.
+        self._waiting.sort(key=lambda waiting: "last" in waiting.names)
         try:
             self._deliver()
         except StorageError as error:
@@ -151,7 +153,8 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Return when everything saved is stored; a StorageError where that is impossible."""
-        self._deliver()
+        if self._waiting:
+            self._deliver()
 
     def load_newest(self, name: str = "last") -> LoadedCheckpoint | None:
         """The newest whole checkpoint called `name` of any attempt; see `read_newest`."""

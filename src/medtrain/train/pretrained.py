@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from medtrain.config import Init
-from medtrain.errors import CheckpointError
+from medtrain.errors import WeightsMismatch
 from medtrain.storage.uri import sha256_of
+from medtrain.storage.weights import MODEL_SUFFIXES
 
 _LOG = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def random_initialization(what: str, *, wanted: str | None) -> MatchReport:
 def load_pretrained(
     module: nn.Module, path: Path, *, source: str, stem: str | None = None
 ) -> MatchReport:
-    """Load a file of weights into `module`; a CheckpointError where fewer than 99 % match.
+    """Load a file of weights into `module`; a WeightsMismatch where fewer than 99 % match.
 
     Args:
         module: The receiving module; the file's names must be its own.
@@ -84,7 +85,7 @@ def load_pretrained(
     missing = [name for name in expected if name not in found]
     matched = len(expected) - len(missing)
     if matched < MIN_MATCHED * len(expected):
-        raise CheckpointError(
+        raise WeightsMismatch(
             f"weights {file} must supply at least {MIN_MATCHED:.0%} of the model's "
             f"{len(expected)} tensors, but supply {matched} (missing: {_listed(missing)}). "
             "Name weights of the same network."
@@ -95,7 +96,7 @@ def load_pretrained(
         if name in found and found[name].shape != tensor.shape
     ]
     if other_shape:
-        raise CheckpointError(
+        raise WeightsMismatch(
             f"weights {file} must have the model's shapes, but have {_listed(other_shape)}. "
             "Name weights of the same network."
         )
@@ -126,7 +127,7 @@ def load_parent(
 
     A tensor that only `model` has must match `init.new_parts`, one that only `state` has must
     match `init.dropped_parts`, and one whose shape differs must match both: it starts anew. Any
-    other difference is a CheckpointError that names it.
+    other difference is a WeightsMismatch that names it.
 
     Args:
         model: The receiving model.
@@ -157,7 +158,7 @@ def load_parent(
         shapes = [f"{n} {_shape(state[n])} instead of {_shape(wanted[n])}" for n in unforeseen]
         problems.append(f"has other shapes: {_listed(shapes)}")
     if problems:
-        raise CheckpointError(
+        raise WeightsMismatch(
             f"the checkpoint of {source} does not fit the model: it {'; it '.join(problems)}."
         )
     shared = {n: state[n] for n in wanted if n in state and n not in other_shape}
@@ -185,13 +186,17 @@ def load_parent(
 def _weights_file(path: Path) -> Path:
     if not path.is_dir():
         if not path.is_file():
-            raise CheckpointError(f"weights {path} must be a file or folder, but there is none.")
+            raise WeightsMismatch(f"weights {path} must be a file or folder, but there is none.")
         return path
     for name in _FILE_NAMES:
         if (path / name).is_file():
             return path / name
-    raise CheckpointError(
-        f"weights folder {path} must hold one of {', '.join(_FILE_NAMES)}, but holds none."
+    files = [file for file in sorted(path.iterdir()) if file.suffix in MODEL_SUFFIXES]
+    if len(files) == 1:
+        return files[0]
+    raise WeightsMismatch(
+        f"weights folder {path} must hold {', '.join(_FILE_NAMES)} or a single file of weights, "
+        f"but holds {len(files)}."
     )
 
 
@@ -211,12 +216,12 @@ def _read_state(file: Path) -> dict[str, Tensor]:
         pickle.UnpicklingError,
         SafetensorError,
     ) as error:
-        raise CheckpointError(f"weights {file} cannot be read: {error}") from error
+        raise WeightsMismatch(f"weights {file} cannot be read: {error}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(t, Tensor) for t in state.values()):
-        raise CheckpointError(f"weights {file} must map names to tensors, but do not.")
+        raise WeightsMismatch(f"weights {file} must map names to tensors, but do not.")
     return dict(state)
 
 

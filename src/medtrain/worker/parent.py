@@ -102,6 +102,9 @@ def _attempt(plan: Plan, key: str, work: Callable[[Plan, int, Path], End]) -> in
     if known is not None:
         log.warning("run %s was done, but what it made is gone: it is made again", plan.key)
         run.retract_verdict()
+        # Going on from the last state would not bring the best ones back.
+        for info in run.store.list("checkpoints/"):
+            run.store.delete(info.key)
     fruitless = run.fruitless_attempts()
     if fruitless >= plan.stage.job.attempts:
         reason = f"{fruitless} starts in a row ended without a new checkpoint"
@@ -246,6 +249,8 @@ def _run_ranks(plan: Plan, attempt: int, scratch: Path) -> End:
         started_from = str(_fetch_trained(plan.parent, scratch))
     spec = {
         "verb": plan.verb,
+        "key": plan.key,
+        "again": plan.again,
         "name": str(plan.name),
         "set": list(plan.overrides),
         "data_uri": plan.data.uri,

@@ -20,7 +20,7 @@ from torch import nn
 
 from medtrain.config import dump
 from medtrain.data.cases import Row, rows_to_csv
-from medtrain.errors import is_verdict
+from medtrain.errors import CheckpointError, is_verdict
 from medtrain.flow import Plan, plan_evaluation, plan_training
 from medtrain.recipes import part
 from medtrain.settings import settings
@@ -91,11 +91,21 @@ def _work(spec: dict[str, Any]) -> int:
 
 def _plan(spec: dict[str, Any]) -> Plan:
     """The parent's plan once more: from the same words by the same functions."""
+    again = spec["again"]
     if spec["verb"] == "train":
-        return plan_training(
-            spec["name"], spec["set"], data_uri=spec["data_uri"], parent_uri=spec["parent_uri"]
+        plan = plan_training(
+            spec["name"],
+            spec["set"],
+            data_uri=spec["data_uri"],
+            parent_uri=spec["parent_uri"],
+            again=again,
         )
-    return plan_evaluation(spec["parent_uri"], data_uri=spec["data_uri"])
+    else:
+        plan = plan_evaluation(spec["parent_uri"], data_uri=spec["data_uri"], again=again)
+    # The code may have been exchanged between the parent's start and this one's.
+    if plan.key != spec["key"]:
+        raise CheckpointError(f"run key must be {spec['key']} as the parent has it: try again")
+    return plan
 
 
 def _train(plan: Plan, task: Task, process: Process, spec: dict[str, Any]) -> int:
@@ -141,6 +151,9 @@ def _train(plan: Plan, task: Task, process: Process, spec: dict[str, Any]) -> in
         return EXIT_STOPPED
     if process.is_main:
         outcome = _training_outcome(plan, result, checkpoints.pointers())
+        report = getattr(task, "weights_report", None)
+        if report is not None:
+            outcome["details"]["pretrained"] = report.to_json()
         _write_json(scratch / "result.json", {"outcome": outcome, "step": result.step})
     return EXIT_DONE
 

@@ -445,6 +445,30 @@ def test_pretrained_rgb_weights_reach_the_encoder(tmp_path):
     assert report.sha256
 
 
+@pytest.mark.parametrize(
+    ("name", "unused"),
+    [
+        ("efficientnet_b0", ("conv_head.", "bn2.", "classifier.")),
+        ("resnet18", ("fc.",)),
+    ],
+)
+def test_files_of_whole_classifiers_fit_but_for_their_heads(tmp_path, name, unused):
+    # Importable once the network has made torchvision so.
+    import timm
+
+    classifier = timm.create_model(name)
+    save_file(classifier.state_dict(), tmp_path / "model.safetensors")
+    stage = _pretrained(model={"encoder": Encoder(name=name)})
+    task = _task(tmp_path, stage, weights={"encoder": tmp_path})
+    task.build_model()
+    report = task.weights_report
+    assert report is not None
+    assert report.missing == ()
+    assert report.unexpected
+    assert all(tensor.startswith(unused) for tensor in report.unexpected)
+    assert len(report.adapted) == 1
+
+
 def test_weights_of_another_network_are_refused(tmp_path):
     save_file({"conv_stem.weight": torch.zeros(32, 1, 3, 3)}, tmp_path / "w.safetensors")
     task = _task(tmp_path, _pretrained(), weights={"encoder": tmp_path / "w.safetensors"})

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from medtrain.errors import StorageError
+from medtrain.errors import ObjectDamaged, ObjectMissing, StorageError
 from medtrain.storage import download
-from medtrain.storage.uri import ObjectDamaged, ObjectMissing, Store, open_store
+from medtrain.storage.uri import Store, open_store
 
 
 @pytest.fixture(autouse=True)

@@ -14,9 +14,9 @@ import pytest
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from medtrain.errors import StorageError
+from medtrain.errors import ObjectDamaged, ObjectMissing, StorageError
 from medtrain.storage import download, s3
-from medtrain.storage.uri import ObjectDamaged, ObjectMissing, Store, open_store
+from medtrain.storage.uri import Store, open_store
 
 BUCKET = "medtrain-test"
 

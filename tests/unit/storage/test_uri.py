@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from medtrain.errors import ConfigError, StorageError
+from medtrain.errors import ConfigError, ObjectDamaged, ObjectMissing, StorageError
 from medtrain.storage.uri import (
-    ObjectDamaged,
     ObjectInfo,
-    ObjectMissing,
     Store,
     join_uri,
     open_store,

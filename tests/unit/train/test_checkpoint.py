@@ -224,6 +224,27 @@ def test_training_goes_on_while_the_storage_is_away(run, tmp_path, monkeypatch):
     assert list((tmp_path / "scratch1").iterdir()) == []
 
 
+def test_of_what_waits_the_best_weights_go_before_the_state_that_remembers_their_score(
+    run, tmp_path, monkeypatch
+):
+    checkpoints = _attempt(run, tmp_path)
+    with monkeypatch.context() as away:
+        _break_uploads(run, away)
+        _save(checkpoints, 1, "best_mae")
+        _save(checkpoints, 1)
+        _save(checkpoints, 2, "best_mae")
+    published = []
+    publish = RunDirectory.publish
+
+    def note(self: RunDirectory, pointer: Pointer) -> None:
+        published.append((pointer.name, pointer.step))
+        publish(self, pointer)
+
+    monkeypatch.setattr(RunDirectory, "publish", note)
+    checkpoints.wait()
+    assert published == [("best_mae", 2), ("last", 1)]
+
+
 def test_a_storage_that_stays_away_ends_the_run(run, tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(time, "monotonic", lambda: now)

@@ -142,7 +142,7 @@ def test_a_signal_during_the_imports_claims_nothing(data_uri: str) -> None:
 
 def test_a_verdict_is_final_until_it_is_taken_back(raw: Path, data_uri: str) -> None:
     values = ["optim.groups.encoder.lr=1e30", "epochs=1"]
-    with pytest.raises(JobFailed, match=r"(?i)not finite"):
+    with pytest.raises(JobFailed, match="must be finite"):
         run_stage("tiny:base", values, data_uri=data_uri)
     plan = plan_training("tiny:base", values, data_uri=data_uri)
     run = RunDirectory.open(plan.run_uri)

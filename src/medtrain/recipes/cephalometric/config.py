@@ -115,6 +115,8 @@ class Transformer(Section):
     def _heads_divide(self) -> Self:
         if self.dim % self.heads:
             raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}")
+        if self.dim % 4:
+            raise ValueError(f"dim={self.dim} must be a multiple of 4 for the 2-D position code")
         return self
 
 
