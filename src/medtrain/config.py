@@ -472,6 +472,9 @@ class Checkpoint(Section):
                 f"monitor must be one of the criteria {sorted(self.criteria)}, "
                 f"but is '{self.monitor}'"
             )
+        reserved = [n for n in self.criteria if n in ("last", "previous") or n.startswith("step_")]
+        if reserved:
+            raise ValueError(f"criteria must not be called last, previous or step_…: {reserved}")
         return self
 
 

@@ -414,7 +414,7 @@ RECIPE = Recipe(
         "base": Gate(metric="test_mre_mm", at_most=1.5),
         "small": Gate(metric="test_mre_mm", at_most=2.0),
         "seed_literal": Gate(metric="test_mre_mm", at_most=1.5),
-        "smoke": Gate(metric="test_mre_mm", at_most=20.0, min_cases=4),
+        "smoke": Gate(metric="test_mre_mm", at_most=10.0, min_cases=4),
     },
     rules=RULES,
 )

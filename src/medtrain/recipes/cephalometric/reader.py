@@ -565,7 +565,15 @@ def _facts(cases: Sequence[Case]) -> dict[str, Any]:
         "num_cases": len(cases),
         "num_groups": len({case.group for case in cases}),
         "subsets": dict(sorted(Counter(case.attributes["subset"] for case in cases).items())),
+        "has_acquisition_order": bool(cases)
+        and all("acquisition_order" in case.attributes for case in cases),
     }
+    sizes = Counter((case.attributes["width"], case.attributes["height"]) for case in cases)
+    pitches = {case.attributes["mm_per_pixel"] for case in cases}
+    if sizes:
+        facts["film_size"] = [int(side) for side in sizes.most_common(1)[0][0]]
+    if len(pitches) == 1:
+        facts["mm_per_pixel"] = float(pitches.pop())
     distances, offsets = [], defaultdict(list)
     for case in cases:
         pitch = float(case.attributes["mm_per_pixel"])
