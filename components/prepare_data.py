@@ -13,6 +13,7 @@ def prepare_data(
     variant: str,
     metrics: dsl.Output[dsl.Metrics],
     overrides: List[str] = [],
+    allow: List[str] = [],
     again: int = 0,
 ) -> NamedTuple("Prepared", [("data", str)]):
     """Check the raw data and record who is in which split.
@@ -22,6 +23,7 @@ def prepare_data(
         variant: Variant of the recipe.
         metrics: Number of cases in every role.
         overrides: Assignments `key=value`; `data.root=URI` names the raw data.
+        allow: Rules of the doctor in spite of which to run.
         again: 0, or the number of a deliberate repetition.
 
     Returns:
@@ -29,6 +31,6 @@ def prepare_data(
     """
     from medtrain.flow import run_prepare
 
-    result = run_prepare(f"{recipe}/{variant}", overrides, again=again)
+    result = run_prepare(f"{recipe}/{variant}", overrides, allow=allow, again=again)
     result.show(metrics)
     return (result.uri,)

@@ -17,6 +17,7 @@ def train_stage(
     model: dsl.Output[dsl.Model],
     parent: str = "",
     overrides: List[str] = [],
+    allow: List[str] = [],
     again: int = 0,
 ) -> NamedTuple("Trained", [("run", str)]):
     """Train one stage of a recipe as a job of its own; a finished stage answers at once.
@@ -30,6 +31,7 @@ def train_stage(
         model: URI of the best checkpoint.
         parent: URI of the run that this stage starts from, where it starts from one.
         overrides: Assignments `key=value`, or `STAGE:key=value` for one stage alone.
+        allow: Rules of the doctor in spite of which to run.
         again: 0, or the number of a deliberate repetition.
 
     Returns:
@@ -42,6 +44,7 @@ def train_stage(
         overrides,
         data_uri=data,
         parent_uri=parent,
+        allow=allow,
         again=again,
     )
     result.show(metrics)

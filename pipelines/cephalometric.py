@@ -24,6 +24,7 @@ class Results(NamedTuple):
 def cephalometric(
     variant: str = "default",
     overrides: List[str] = [],
+    allow: List[str] = [],
     again: int = 0,
     platform_image: str = PLATFORM_IMAGE,
     trainer_image: str = TRAINER_IMAGE,
@@ -35,6 +36,7 @@ def cephalometric(
     Args:
         variant: Variant of the recipe, such as `default` or `smoke`.
         overrides: Assignments `key=value` for every stage, `STAGE:key=value` for one.
+        allow: Rules of the doctor in spite of which to run.
         again: 0, or the number of a deliberate repetition.
         platform_image: Image that launches and follows jobs.
         trainer_image: Image that trains, judges and registers.
@@ -48,7 +50,9 @@ def cephalometric(
     recipe = "cephalometric"
     site = {"config_map": site_config_map, "secret": site_secret}
 
-    prepared = prepare_data(recipe=recipe, variant=variant, overrides=overrides, again=again)
+    prepared = prepare_data(
+        recipe=recipe, variant=variant, overrides=overrides, allow=allow, again=again
+    )
     place(prepared, name="prepare", image=platform_image, **site)
     data = prepared.outputs["data"]
 
@@ -61,6 +65,7 @@ def cephalometric(
             data=data,
             parent=parent,
             overrides=overrides,
+            allow=allow,
             again=again,
         )
         place(trained, name=stage, image=platform_image, **site)

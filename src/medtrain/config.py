@@ -493,8 +493,6 @@ class Job(Section):
     """OMP_NUM_THREADS of each process. Always set: one thread and two give different weights."""
     loader_workers: int = Field(0, ge=0)
     """Data-loading processes beside each training process."""
-    cache_dir: str | None = None
-    """Node-local folder for downloaded and decoded data; default: below the site's cache folder."""
     weights_root: str | None = None
     """Folder that holds pretrained weights as `<hub id>/…`; default: the site's."""
     allow_network: bool = False

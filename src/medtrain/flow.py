@@ -10,30 +10,32 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, wraps
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, Protocol, TypeVar
 
-import yaml
-
-from medtrain.config import Data, StageConfig, digest, identity
-from medtrain.data.manifest import Case, Manifest
-from medtrain.data.prepare import listing_fingerprint, load
-from medtrain.data.splits import SplitRow, fingerprint, is_test, is_trainable, select
+from medtrain.config import StageConfig
+from medtrain.data.prepare import root_uri
 from medtrain.doctor.examine import blocking, check_allowed, examine
-from medtrain.errors import ConfigError, DataError, JobFailed, MedTrainError
-from medtrain.identity import code_fingerprint
+from medtrain.errors import ConfigError, JobFailed, MedTrainError
 from medtrain.launch.job import build_job
 from medtrain.launch.launcher import Launcher, wait
 from medtrain.launch.local import LocalLauncher
 from medtrain.overrides import for_stage
-from medtrain.recipes import Resolution, find, part, resolve
-from medtrain.recipes.recipe import RecipeName
+from medtrain.plans import (
+    LOCATION,
+    Plan,
+    plan_evaluation,
+    plan_prepare,
+    plan_training,
+    stands,
+)
+from medtrain.recipes import find, resolve
+from medtrain.recipes.recipe import Finding
 from medtrain.settings import Settings, settings
 from medtrain.storage.runs import Outcome, RunDirectory
-from medtrain.storage.uri import Store, join_uri, open_store
-from medtrain.storage.weights import FoundWeights, find_weights
+from medtrain.storage.uri import join_uri
 
 
 def say(text: str) -> None:
@@ -41,43 +43,6 @@ def say(text: str) -> None:
     prefix = os.environ.get("MEDTRAIN_LINE_PREFIX", "")
     sys.stdout.write(f"{prefix}{text}\n")
     sys.stdout.flush()
-
-
-KEY_LENGTH = 32
-"""Hexadecimal digits of a run key: 128 bits, and short enough for a Kubernetes label."""
-
-
-def run_key(
-    *,
-    verb: str,
-    config: Mapping[str, Any],
-    parents: Sequence[str],
-    data: str,
-    weights: Mapping[str, str],
-    code: str,
-    again: int,
-) -> str:
-    """What a run is. Equal inputs give the same key on every machine.
-
-    Args:
-        verb: `prepare`, `train` or `evaluate`.
-        config: Identity of the configuration (no locations, no `job`).
-        parents: Run keys of the runs that it starts from.
-        data: Fingerprint of the rows used, or of the raw objects for `prepare`.
-        weights: Digests of pretrained weights.
-        code: Fingerprint of the code that decides the numbers.
-        again: 0, or the number chosen to run the same thing once more.
-    """
-    described = {
-        "verb": verb,
-        "config": config,
-        "parents": list(parents),
-        "data": data,
-        "weights": dict(weights),
-        "code": code,
-        "again": again,
-    }
-    return digest(described)[:KEY_LENGTH]
 
 
 Answer = TypeVar("Answer")
@@ -98,88 +63,6 @@ def told(function: Callable[Words, Answer]) -> Callable[Words, Answer]:
             raise
 
     return run
-
-
-@dataclass(frozen=True)
-class PreparedData:
-    """What `prepare` left behind: a checked manifest and the place of each of its cases."""
-
-    uri: str
-    """Run directory of `prepare`."""
-    home: Store
-    manifest: Manifest
-    rows: tuple[SplitRow, ...]
-    """One a case, with roles as recorded."""
-    root: str
-    """The raw data set."""
-
-    @classmethod
-    def load(cls, uri: str) -> PreparedData:
-        """Read what the `prepare` run at `uri` recorded."""
-        facts = _finished(uri, verb="prepare").details
-        home = open_store(facts["home"])
-        prepared = load(
-            home,
-            fingerprint=facts["fingerprint"],
-            protocol=facts["protocol"],
-            part=facts["part"],
-        )
-        return cls(uri, home, prepared.manifest, prepared.rows, facts["root"])
-
-    @property
-    def key(self) -> str:
-        """Run key of `prepare`."""
-        return key_of(self.uri)
-
-    @cached_property
-    def cases(self) -> dict[str, Case]:
-        """Cases by id."""
-        return dict(self.manifest.by_id)
-
-    def rows_for(self, data: Data, *, sealed: bool) -> tuple[SplitRow, ...]:
-        """The rows that training (`sealed=False`) or evaluation uses, with roles of the fold."""
-        chosen = [
-            row
-            for row in select(self.rows, fold=data.fold)
-            if (is_test(row.role) if sealed else is_trainable(row.role))
-        ]
-        if not chosen:
-            what = "sealed test" if sealed else "training"
-            raise DataError(f"the split must have {what} cases, but protocol {data.protocol} has 0")
-        return tuple(chosen)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A run that is about to happen, in the launcher and in the worker alike."""
-
-    verb: str
-    name: RecipeName
-    stage_name: str
-    """The stage, or the verb where there is none."""
-    stage: StageConfig
-    resolution: Resolution
-    key: str
-    code: str
-    argv: tuple[str, ...]
-    overrides: tuple[str, ...] = ()
-    again: int = 0
-    data: PreparedData | None = None
-    rows: tuple[SplitRow, ...] = ()
-    weights: Mapping[str, FoundWeights] = field(default_factory=dict)
-    parent: RunDirectory | None = None
-
-    @property
-    def run_uri(self) -> str:
-        """Where the run directory is."""
-        return join_uri(
-            settings().storage,
-            "runs",
-            self.name.system,
-            self.name.variant,
-            self.stage_name,
-            self.key,
-        )
 
 
 @dataclass(frozen=True)
@@ -208,201 +91,6 @@ class MetricSink(Protocol):
 
     def log_metric(self, metric: str, value: float) -> None:
         """Record one value."""
-
-
-def _finished(uri: str, *, verb: str) -> Outcome:
-    outcome = RunDirectory.open(uri).outcome()
-    if outcome is None or outcome.state != "done":
-        state = outcome.state if outcome else "not finished"
-        raise ConfigError(f"the {verb} run at {uri} must be done, but is {state}. Run it first.")
-    return outcome
-
-
-def _again_argv(again: int) -> list[str]:
-    return ["--again", str(again)] if again else []
-
-
-def _set_argv(overrides: Sequence[str]) -> list[str]:
-    return [argument for text in overrides for argument in ("--set", text)]
-
-
-def plan_prepare(name: str, overrides: Sequence[str] = (), *, again: int = 0) -> Plan:
-    """Plan to check the raw data and to record who is in which split.
-
-    Args:
-        name: `SYSTEM[/VARIANT]`; the first stage says which data are meant.
-        overrides: Assignments; those of `data` matter.
-        again: See `run_key`.
-    """
-    recipe_name, recipe = find(name)
-    first = next(iter(recipe.stages(recipe_name.variant)))
-    # Only `data` matters: overrides of other stages' parts must not be judged by this one.
-    stages = tuple(recipe.stages(recipe_name.variant))
-    overrides = for_stage(overrides, first, stages=stages)
-    overrides = [text for text in overrides if text.startswith("data.")]
-    resolution = resolve(f"{_without_stage(recipe_name)}:{first}", overrides)
-    stage = resolution.stage
-    if not stage.data.root:
-        raise ConfigError(
-            f"data.root must name the folder or URI of the raw data, but is empty. Add "
-            f"data.root=FOLDER, or write synthetic data: medtrain data synth {recipe.system} FOLDER"
-        )
-    code = code_fingerprint(recipe.package, judges=False)
-    key = run_key(
-        verb="prepare",
-        config={"data": identity_of_data(stage.data)},
-        parents=(),
-        data=listing_fingerprint(open_store(stage.data.root), cache=settings().cache),
-        weights={},
-        code=code,
-        again=again,
-    )
-    argv = ["prepare", name, *_set_argv(overrides), *_again_argv(again), "--key", key]
-    return Plan(
-        verb="prepare",
-        name=recipe_name,
-        stage_name="prepare",
-        stage=stage,
-        resolution=resolution,
-        key=key,
-        code=code,
-        argv=tuple(argv),
-    )
-
-
-def identity_of_data(data: Data) -> dict[str, Any]:
-    """What of `data` decides manifest and membership: not the fold, not the augmentation."""
-    fields = identity(data)
-    return {k: v for k, v in fields.items() if k not in ("fold", "augmentation", "image_size")}
-
-
-def plan_training(
-    name: str,
-    overrides: Sequence[str] = (),
-    *,
-    data_uri: str,
-    parent_uri: str = "",
-    again: int = 0,
-) -> Plan:
-    """Plan to train one stage.
-
-    Args:
-        name: `SYSTEM[/VARIANT]:STAGE[+OVERLAY…]`.
-        overrides: Assignments.
-        data_uri: Run directory of `prepare`.
-        parent_uri: Run directory of the stage that this one starts from, if it starts from one.
-        again: See `run_key`.
-    """
-    recipe_name, recipe = find(name)
-    stages = tuple(recipe.stages(recipe_name.variant))
-    overrides = for_stage(overrides, recipe_name.stage or "", stages=stages)
-    resolution = resolve(recipe_name, overrides)
-    stage = resolution.stage
-    parent = _parent(resolution, parent_uri)
-    data = PreparedData.load(data_uri)
-    rows = data.rows_for(stage.data, sealed=False)
-    code = code_fingerprint(resolution.recipe.package, judges=False)
-    # A stage that starts from another one has all its weights from there.
-    weights = {} if parent else _weights(resolution)
-    key = run_key(
-        verb="train",
-        config=identity(stage),
-        parents=[key_of(parent.uri)] if parent else [],
-        data=fingerprint(rows),
-        weights={part_name: found.digest for part_name, found in weights.items()},
-        code=code,
-        again=again,
-    )
-    argv = ["train", name, *_set_argv(overrides), "--data", data_uri]
-    argv += ["--parent", parent_uri] if parent else []
-    argv += [*_again_argv(again), "--key", key]
-    return Plan(
-        verb="train",
-        name=resolution.name,
-        stage_name=resolution.name.stage or "",
-        stage=stage,
-        resolution=resolution,
-        key=key,
-        code=code,
-        argv=tuple(argv),
-        overrides=tuple(overrides),
-        again=again,
-        data=data,
-        rows=rows,
-        weights=weights,
-        parent=parent,
-    )
-
-
-def plan_evaluation(run_uri: str, *, data_uri: str, again: int = 0) -> Plan:
-    """Plan to judge a trained stage on the sealed test split, by the configuration of its run."""
-    run = RunDirectory.open(run_uri)
-    _finished(run_uri, verb="training")
-    tree = yaml.safe_load(run.read_text("config.yaml"))
-    resolution = resolve(tree["name"], file=tree, file_name=f"{run_uri}/config.yaml")
-    data = PreparedData.load(data_uri)
-    rows = data.rows_for(resolution.stage.data, sealed=True)
-    code = code_fingerprint(resolution.recipe.package, judges=True)
-    key = run_key(
-        verb="evaluate",
-        config=identity(resolution.stage),
-        parents=[key_of(run.uri)],
-        data=fingerprint(rows),
-        weights={},
-        code=code,
-        again=again,
-    )
-    argv = ["evaluate", "--run", run_uri, "--data", data_uri, *_again_argv(again), "--key", key]
-    return Plan(
-        verb="evaluate",
-        name=resolution.name,
-        stage_name="evaluate",
-        stage=resolution.stage,
-        resolution=resolution,
-        key=key,
-        code=code,
-        argv=tuple(argv),
-        again=again,
-        data=data,
-        rows=rows,
-        parent=run,
-    )
-
-
-def _without_stage(name: RecipeName) -> RecipeName:
-    return RecipeName(name.system, name.variant)
-
-
-def key_of(run_uri: str) -> str:
-    """The run key, which is the last part of a run directory's URI."""
-    return run_uri.rstrip("/").rpartition("/")[2]
-
-
-def _parent(resolution: Resolution, parent_uri: str) -> RunDirectory | None:
-    init = resolution.stage.init
-    if init.source != "stage":
-        return None
-    if not parent_uri:
-        raise ConfigError(
-            f"{resolution.name} starts from the stage '{init.stage}': "
-            "give its run with --parent URI"
-        )
-    _finished(parent_uri, verb=f"{init.stage}")
-    return RunDirectory.open(parent_uri)
-
-
-def _weights(resolution: Resolution) -> dict[str, FoundWeights]:
-    wanted = part(resolution.recipe, "data").weights(resolution.stage)
-    job = resolution.stage.job
-    return {
-        name: find_weights(
-            weights,
-            weights_root=job.weights_root or settings().weights_root,
-            cache=settings().cache,
-            allow_network=job.allow_network,
-        )
-        for name, weights in wanted.items()
-    }
 
 
 class EpochLines:
@@ -439,6 +127,13 @@ def open_launcher(site: Settings) -> Launcher:
     return LocalLauncher(site.home / "jobs")
 
 
+def is_finished(plan: Plan) -> bool:
+    """Whether the run is done and all that it made is still there."""
+    run = RunDirectory.open(plan.run_uri)
+    outcome = run.outcome()
+    return outcome is not None and outcome.state == "done" and run.holds_what_it_names(outcome)
+
+
 def execute(plan: Plan, *, on_line: Callable[[str], None] = say) -> RunResult:
     """Answer from the finished run, go on with a half finished one, or start it; return its result.
 
@@ -448,15 +143,18 @@ def execute(plan: Plan, *, on_line: Callable[[str], None] = say) -> RunResult:
     on_line(f"{plan.verb} {plan.name}")
     run = RunDirectory.open(plan.run_uri)
     outcome = run.outcome()
-    if outcome is not None and outcome.state == "done" and run.holds_what_it_names(outcome):
+    if outcome is not None and is_finished(plan):
         on_line(f"finished before, nothing to do: {run.uri}")
         return RunResult(run.uri, plan.key, outcome, was_finished=True)
     if outcome is not None and outcome.state != "done":
-        raise JobFailed(
-            f"{plan.name} {outcome.state.replace('_', ' ')} before, and the same inputs cannot "
-            f"end otherwise: {outcome.reason}\n"
-            "To go on from its checkpoint use --retry; to begin anew use --again."
-        )
+        if stands(outcome, plan.stage.job):
+            raise JobFailed(
+                f"{plan.name} {outcome.state.replace('_', ' ')} before, and the same inputs cannot "
+                f"end otherwise: {outcome.reason}\n"
+                "To go on from its checkpoint use --retry; to begin anew use --again."
+            )
+        on_line(f"it {outcome.state.replace('_', ' ')} before with other resources: going on")
+        run.retract_verdict()
     job = build_job(
         system=plan.name.system,
         variant=plan.name.variant,
@@ -486,10 +184,55 @@ def retry(plan: Plan) -> None:
 
 @told
 def run_prepare(
+    name: str,
+    overrides: Sequence[str] = (),
+    *,
+    again: int = 0,
+    allow: Sequence[str] = (),
+    **how: Any,
+) -> RunResult:
+    """Check the raw data and record membership of splits.
+
+    Mistakes in any stage of the variant surface here, before anything is done.
+    """
+    check_stages(name, overrides, allow=allow)
+    return prepare_cases(name, overrides, again=again, **how)
+
+
+def prepare_cases(
     name: str, overrides: Sequence[str] = (), *, again: int = 0, **how: Any
 ) -> RunResult:
-    """Check the raw data and record membership of splits."""
-    return execute(plan_prepare(name, overrides, again=again), **how)
+    """`run_prepare` for a run that exists: its stages were examined before they were trained."""
+    plan = plan_prepare(name, overrides, again=again)
+    result = execute(plan, **how)
+    run = RunDirectory.open(result.uri)
+    root = root_uri(plan.stage.data)
+    if (run.read_json(LOCATION) or {}).get("root") != root:
+        run.write_json(LOCATION, {"root": root})
+    return result
+
+
+def check_stages(name: str, overrides: Sequence[str], *, allow: Sequence[str] = ()) -> None:
+    """Resolve and examine every stage of a variant; a ConfigError lists all mistakes of all."""
+    recipe_name, recipe = find(name)
+    stages = tuple(recipe.stages(recipe_name.variant))
+    check_allowed(recipe, allow)
+    problems: dict[str, None] = {}
+    for stage in stages:
+        try:
+            chosen = for_stage(overrides, stage, stages=stages)
+            resolution = resolve(f"{recipe_name.system}/{recipe_name.variant}:{stage}", chosen)
+            found = blocking(examine(resolution, facts={}), allow)
+            mistakes: Sequence[str] = [_stop(finding) for finding in found]
+        except ConfigError as error:
+            mistakes = error.problems
+        problems |= dict.fromkeys(f"{stage}: {mistake}" for mistake in mistakes)
+    if problems:
+        raise ConfigError(list(problems))
+
+
+def _stop(finding: Finding) -> str:
+    return f"{finding.rule}: {finding.message} (run it all the same: --allow {finding.rule})"
 
 
 @told
@@ -508,16 +251,12 @@ def run_stage(
     plan = plan_training(name, overrides, data_uri=data_uri, parent_uri=parent_uri, again=again)
     diagnosis = examine(plan.resolution, facts=_facts(plan))
     check_allowed(plan.resolution.recipe, allow)
-    for finding in (found for found in diagnosis.findings if found.severity != "info"):
-        say(f"doctor: {finding.rule} ({finding.severity}): {finding.message}")
+    if not is_finished(plan):
+        for finding in (found for found in diagnosis.findings if found.severity != "info"):
+            say(f"doctor: {finding.rule} ({finding.severity}): {finding.message}")
     stops = blocking(diagnosis, allow)
     if stops:
-        raise ConfigError(
-            [
-                f"{stop.rule}: {stop.message} (run it all the same: --allow {stop.rule})"
-                for stop in stops
-            ]
-        )
+        raise ConfigError([_stop(finding) for finding in stops])
     if is_retry:
         retry(plan)
     return execute(plan, **how)

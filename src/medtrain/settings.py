@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 from pydantic import ValidationError
 from pydantic_settings import (
@@ -39,8 +38,6 @@ class Settings(BaseSettings):
     """Node-local cache of downloads and decoded data; default: `home`/cache."""
     weights_root: str | None = None
     """Folder that holds pretrained weights as `<hub id>/…`."""
-    launcher: Literal["local"] = "local"
-    """Where jobs run."""
     experiment: str = "medtrain"
     """MLflow experiment; each system logs to `<experiment>/<system>`."""
     wandb: bool = False

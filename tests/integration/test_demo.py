@@ -10,6 +10,8 @@ import pytest
 
 from medtrain.registry import verify_package
 
+MODEL = "models:/cephalometric-smoke@candidate"
+
 
 def run_demo(home: Path) -> str:
     answer = subprocess.run(
@@ -44,8 +46,7 @@ def test_demo_ends_with_a_registered_model_that_predicts_in_millimeters(tmp_path
     target = tmp_path / "plain"
     mlflow = Path(sys.executable).with_name("mlflow")
     subprocess.run(
-        [mlflow, "artifacts", "download", "-u", "models:/cephalometric-smoke@candidate"]
-        + ["-d", str(target)],
+        [mlflow, "artifacts", "download", "-u", MODEL, "-d", target],
         env={**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{home / 'mlflow.db'}"},
         check=True,
         capture_output=True,

@@ -101,6 +101,10 @@ class TestDuration:
 
 
 class TestForm:
+    def test_a_job_has_no_cache_of_its_own_beside_the_sites(self) -> None:
+        with pytest.raises(ValidationError, match="cache_dir"):
+            Job.model_validate({"cache_dir": "/scratch"})
+
     def test_accumulation_is_global_over_micro_and_processes(self) -> None:
         assert Batch(global_=32, micro=4).accumulation(world_size=2) == 4
 

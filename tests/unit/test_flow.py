@@ -3,7 +3,8 @@
 import pytest
 
 from medtrain.errors import DataError
-from medtrain.flow import EpochLines, run_key, told
+from medtrain.flow import EpochLines, told
+from medtrain.plans import run_key
 from medtrain.recipes import resolve
 
 INPUTS = {

@@ -36,8 +36,11 @@ def test_comments_docstrings_and_blank_lines_change_nothing(package: Path) -> No
 
 def test_a_changed_loss_line_changes_the_recipe_alone(package: Path) -> None:
     before = fingerprints(package)
-    task = package / "recipes/cephalometric/task.py"
-    task.write_text(task.read_text() + "\nEXTRA_WEIGHT = 2.0\n")
+    edit(
+        package / "recipes/cephalometric/task.py",
+        "(heatmaps - target) ** 2",
+        "(heatmaps - target) ** 4",
+    )
     after = fingerprints(package)
     changed = {part for part in before if before[part] != after[part]}
     assert changed == {"recipes/cephalometric"}

@@ -106,6 +106,8 @@ def evaluate(site: Path, tmp_path: Path) -> Evaluate:
     def write(
         key: str,
         *,
+        run: str | None = None,
+        weights: float | None = None,
         errors: Mapping[str, float] | float = 1.0,
         variant: str = "default",
         trained: Sequence[SplitRow] = TRAINED,
@@ -124,18 +126,20 @@ def evaluate(site: Path, tmp_path: Path) -> Evaluate:
             errors = {row.case_id: errors for row in tested}
         rows: list[Row] = [{"case_id": name, "error": error} for name, error in errors.items()]
         metrics = {metric: summarize(rows)["error"]}
-        run = RunDirectory.open(str(tmp_path / f"storage/runs/tiny/{variant}/evaluate/{key}"))
-        attempt = run.claim_attempt({})
+        trained_run = run or key
+        directory = tmp_path / f"storage/runs/tiny/{variant}/evaluate/{key}"
+        run_directory = RunDirectory.open(str(directory))
+        attempt = run_directory.claim_attempt({})
         config = f"name: tiny/{variant}:only\ndata: {{protocol: holdout_5fold}}\n"
-        run.write_text("config.yaml", config)
-        run.write_text("split.csv", splits_to_csv(tested))
-        run.write_json("facts.json", {"data_home": home.uri})
-        run.write_text(f"cases/{attempt}/test.csv", rows_to_csv(rows))
-        weights = tmp_path / f"{key}.safetensors"
-        save_file({"w": np.full(3, len(key), np.float32)}, weights)
+        run_directory.write_text("config.yaml", config)
+        run_directory.write_text("split.csv", splits_to_csv(tested))
+        run_directory.write_json("facts.json", {"data_home": home.uri})
+        run_directory.write_text(f"cases/{attempt}/test.csv", rows_to_csv(rows))
+        weights_path = tmp_path / f"{key}.safetensors"
+        save_file({"w": np.full(3, weights or len(trained_run), np.float32)}, weights_path)
         package = write_package(
             tmp_path / f"package of {key}",
-            weights=weights,
+            weights=weights_path,
             config_yaml=config,
             split_csv=splits_to_csv([*trained, *tested]),
             metrics=metrics,
@@ -144,7 +148,7 @@ def evaluate(site: Path, tmp_path: Path) -> Evaluate:
                 "system": "tiny",
                 "variant": variant,
                 "stage": "only",
-                "run_key": f"trained-{key}",
+                "run_key": f"trained-{trained_run}",
                 "data_fingerprint": "d1",
                 "code_fingerprint": "c1",
                 "commit": "abc",
@@ -154,8 +158,8 @@ def evaluate(site: Path, tmp_path: Path) -> Evaluate:
         )
         names = sorted(path.name for path in package.folder.iterdir())
         for name in names:
-            run.store.upload(package.folder / name, f"package/{name}")
-        run.write_outcome(
+            run_directory.store.upload(package.folder / name, f"package/{name}")
+        run_directory.write_outcome(
             Outcome(
                 "done",
                 metrics=metrics,
@@ -168,7 +172,7 @@ def evaluate(site: Path, tmp_path: Path) -> Evaluate:
                 },
             )
         )
-        return run.uri
+        return run_directory.uri
 
     return write
 
@@ -254,6 +258,69 @@ def test_registering_the_same_run_again_finds_the_first_version(evaluate):
     assert reference(second) == reference(first)
     assert second.verdict == first.verdict
     assert len(list_models()) == 1
+
+
+GROWN = [*TEST, *(split_row(f"n{n}", "test") for n in range(6))]
+
+
+def test_same_run_evaluated_anew_is_judged_anew_and_stays_one_version(evaluate):
+    first = register(evaluate("a", errors=1.25))
+    assert first.version is not None
+    uri = evaluate("anew", run="a", errors=1.75, tested=GROWN)
+    second = register(uri)
+    assert (second.is_new, second.verdict.value, second.verdict.num_cases) == (False, 1.75, 12)
+    assert run_tags(uri)["gate_accepted"] == "true"
+    (version,) = list_models()
+    assert version == second.version
+    assert (version.metrics, version.verdict) == ({"test_error": 1.75}, second.verdict)
+    assert version.tags["evaluation_uri"] == uri
+    assert (version.source, version.run_id) == (first.version.source, first.version.run_id)
+    assert version.tags["package_digest"] == first.version.tags["package_digest"]
+    assert register(uri).verdict == second.verdict
+
+
+def test_same_run_refused_on_a_new_test_leaves_its_version_as_it_is(evaluate):
+    first = register(evaluate("a"))
+    uri = evaluate("anew", run="a", errors=2.5, tested=GROWN)
+    second = register(uri)
+    assert second.version is None
+    assert not second.verdict.accepted
+    assert run_tags(uri)["gate_accepted"] == "false"
+    assert list_models() == [first.version]
+
+
+def test_champion_evaluated_anew_need_not_beat_itself(champion, evaluate):
+    registration = register(evaluate("anew", run="old", errors=1.75, tested=GROWN))
+    assert reference(registration) == champion
+    assert find_version(champion).metrics == {"test_error": 1.75}
+
+
+def test_judging_anew_that_was_interrupted_is_done_again(evaluate, monkeypatch):
+    from mlflow import MlflowClient
+
+    register(evaluate("a"))
+    uri = evaluate("anew", run="a", errors=1.75, tested=GROWN)
+    set_tag = MlflowClient.set_model_version_tag
+
+    def interrupt(self: MlflowClient, name: str, version: str, tag: str, value: str) -> None:
+        if tag == "gate":
+            raise KeyboardInterrupt
+        set_tag(self, name, version, tag, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(MlflowClient, "set_model_version_tag", interrupt)
+        register(uri)
+    verdict = register(uri).verdict
+    assert find_version("tiny:1").verdict == verdict
+    assert verdict.value == 1.75
+
+
+def test_run_that_was_trained_once_more_does_not_lend_its_numbers_to_other_weights(evaluate):
+    first = register(evaluate("a"))
+    uri = evaluate("anew", run="a", weights=9.0, tested=GROWN)
+    with pytest.raises(RegistryError, match="of others of the same run"):
+        register(uri)
+    assert list_models() == [first.version]
 
 
 def test_interrupted_registration_is_completed_by_the_next_one(evaluate):

@@ -24,7 +24,14 @@ app = typer.Typer(
     },
 )
 
-for command in (recipes.recipes, recipes.show, doctor.doctor, run.run, run.compile_pipeline):
+for command in (
+    recipes.recipes,
+    recipes.show,
+    doctor.doctor,
+    run.run,
+    run.evaluate,
+    run.compile_pipeline,
+):
     app.command(name=command.__name__.partition("_")[0])(command)
 app.command(name="predict")(predict.predict)
 app.command(name="report")(report.report)

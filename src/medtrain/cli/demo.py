@@ -11,7 +11,7 @@ import typer
 from medtrain.errors import RegistryError
 
 if TYPE_CHECKING:
-    from medtrain.flow import PreparedData
+    from medtrain.plans import PreparedData
     from medtrain.storage.runs import RunDirectory
 
 SYSTEM, VARIANT = "cephalometric", "smoke"
@@ -32,9 +32,10 @@ def demo(
 
       medtrain demo --data /data/isbi2015
     """
-    from medtrain.flow import PreparedData, plan_prepare, say
+    from medtrain.flow import say
     from medtrain.pipelines import find_pipeline
     from medtrain.pipelines.local import run_locally
+    from medtrain.plans import PreparedData, plan_prepare
     from medtrain.recipes import find
     from medtrain.registry import CANDIDATE, find_version, model_name, pull
     from medtrain.settings import settings

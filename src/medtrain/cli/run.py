@@ -1,4 +1,4 @@
-"""`medtrain run` and `medtrain compile`: one stage, or a whole pipeline."""
+"""`medtrain run`, `evaluate` and `compile`: one stage, or a whole pipeline."""
 
 from __future__ import annotations
 
@@ -66,16 +66,28 @@ def run(
         from medtrain.overrides import file_as_assignments
 
         values = [*file_as_assignments(config, stage_type=recipe.stage_type), *values]
+    # An overlay is a list of assignments: a pipeline and earlier stages take them as such.
+    overlaid = [text for overlay in recipe_name.overlays for text in recipe.overlays[overlay]]
     if recipe_name.stage is None:
-        refused = {"--data": data, "--parent": parent, "--retry": retry, "--allow": allow}
-        given = [option for option, value in refused.items() if value]
+        given = [
+            option
+            for option, value in {"--data": data, "--parent": parent, "--retry": retry}.items()
+            if value
+        ]
         if given:
             raise ConfigError(f"{', '.join(given)} needs a stage: name it, such as {name}:baseline")
-        _run_pipeline(recipe_name.system, recipe_name.variant, values, again_number)
+        _run_pipeline(
+            recipe_name.system,
+            variant=recipe_name.variant,
+            overrides=[*overlaid, *values],
+            allow=allow or [],
+            again=again_number,
+        )
         return
     _run_chain(
         name,
         values,
+        overlaid=overlaid,
         data_uri=data,
         parent_uri=parent,
         again=again_number,
@@ -84,17 +96,61 @@ def run(
     )
 
 
-def _run_pipeline(system: str, variant: str, overrides: list[str], again: int) -> None:
+def evaluate(
+    run: Annotated[str, typer.Argument(help="Run directory of a trained stage.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="data.… of another data set to judge on; default: the run's own.",
+            metavar="[KEY=VALUE]…",
+        ),
+    ] = None,
+) -> None:
+    """Judge a trained stage on the sealed test split of its data, or on an external data set.
+
+    Every look at a sealed test is recorded and counted.
+
+    [bold]Examples[/bold]
+
+      medtrain evaluate medtrain-local/storage/runs/cephalometric/default/multitask/KEY
+
+      medtrain evaluate RUN data.root=/data/other_hospital data.protocol=external
+    """
+    from medtrain.flow import prepare_cases, run_evaluation, run_report, say
+    from medtrain.storage.runs import RunDirectory
+
+    trained = RunDirectory.open(run)
+    facts = trained.read_json("facts.json")
+    if facts is None:
+        raise ConfigError(f"{run} must be the run directory of a trained stage, but is none")
+    data_uri = facts["data_uri"]
+    if overrides:
+        data_uri = prepare_cases(facts["name"].partition(":")[0], overrides).uri
+    result = run_evaluation(trained.uri, data_uri=data_uri)
+    for metric, value in sorted(result.outcome.metrics.items()):
+        say(f"{metric}={value:.6g}")
+    run_report(result.uri)
+
+
+def _run_pipeline(
+    system: str, *, variant: str, overrides: list[str], allow: list[str], again: int
+) -> None:
+    from medtrain.flow import check_stages
     from medtrain.pipelines import find_pipeline
     from medtrain.pipelines.local import run_locally
 
-    run_locally(find_pipeline(system), {"variant": variant, "overrides": overrides, "again": again})
+    check_stages(f"{system}/{variant}", overrides, allow=allow)
+    run_locally(
+        find_pipeline(system),
+        {"variant": variant, "overrides": overrides, "allow": allow, "again": again},
+    )
 
 
 def _run_chain(
     name: str,
     overrides: list[str],
     *,
+    overlaid: list[str],
     data_uri: str,
     parent_uri: str,
     again: int,
@@ -111,14 +167,18 @@ def _run_chain(
     # An earlier stage is the recipe's own, on the same data: other values are the named stage's.
     shared = [
         text
-        for text in overrides
+        for text in [*overlaid, *overrides]
         if text.startswith(("data.", "job.")) and not text.startswith("data.augmentation.")
     ]
-    data_uri = data_uri or run_prepare(system, shared).uri
+    data_uri = data_uri or run_prepare(system, shared, allow=allow).uri
     for earlier_stage in [] if parent_uri else earlier:
         say(f"{system}:{earlier_stage} comes first")
         result = run_stage(
-            f"{system}:{earlier_stage}", shared, data_uri=data_uri, parent_uri=parent_uri
+            f"{system}:{earlier_stage}",
+            shared,
+            data_uri=data_uri,
+            parent_uri=parent_uri,
+            allow=allow,
         )
         parent_uri = result.uri
     result = run_stage(

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medtrain.errors import DataError
+from medtrain.errors import StorageError
 from medtrain.storage.files import writing
 from medtrain.storage.uri import Store, check_key, sha256_of
 
@@ -112,7 +112,8 @@ class NodeCache:
             progress: Told about downloads.
 
         Raises:
-            DataError: A local file is absent or has another content than expected.
+            StorageError: A local file is absent or has another content than expected. Where data
+                lie is no input of a run, so that another place may still do.
         """
         folder = local_path(store)
         if folder is not None:
@@ -154,9 +155,11 @@ class NodeCache:
             f"{key} has changed" for file, key in hashed.items() if found[file] != entries[key]
         ]
         if problems:
-            raise DataError(
-                f"{folder} must hold the files that the manifest lists, but "
-                f"{_listed(problems)}. Run `medtrain data split` again."
+            raise StorageError(
+                f"{folder} must hold the {len(entries)} files of the recorded data set, but "
+                f"{_listed(problems)}. Give as data.root the place where the data set lies as it "
+                "was recorded; where the data were meant to change, record them with "
+                "`medtrain data split` and prepare a new run."
             )
 
     def _download(

@@ -54,10 +54,6 @@ def is_test(role: str) -> bool:
     return role != WITHHELD and not is_trainable(role)
 
 
-# ----------------------------------------------------------------------------------------------
-# tables
-
-
 def splits_to_csv(rows: Iterable[SplitRow]) -> str:
     """The rows as CSV, sorted by case."""
     out = io.StringIO(newline="")
@@ -109,10 +105,6 @@ def select(rows: Iterable[SplitRow], *, fold: int) -> list[SplitRow]:
         )
     names = {f"fold_{number}": "val" if number == fold else "train" for number in folds}
     return [replace(row, role=names.get(row.role, row.role)) for row in rows]
-
-
-# ----------------------------------------------------------------------------------------------
-# the record
 
 
 @dataclass(frozen=True)
@@ -218,10 +210,6 @@ def _check_rules(
             f"protocol '{protocol}' must keep recorded roles and groups together, but "
             f"{'; '.join(problems[:5])}. Mend the recipe's `assign`."
         )
-
-
-# ----------------------------------------------------------------------------------------------
-# drawing
 
 
 def assign_roles(
@@ -397,10 +385,6 @@ def join_groups(labels: Mapping[str, str], alike: Iterable[Collection[str]]) -> 
         for component, found in members.items()
     }
     return {case_id: names[root(label)] for case_id, label in labels.items()}
-
-
-# ----------------------------------------------------------------------------------------------
-# looks
 
 
 def record_look(home: Store, rows: Iterable[SplitRow], run_key: str) -> int:

@@ -11,13 +11,15 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from filelock import FileLock
 
-from medtrain.errors import JobNotFound
+from medtrain.errors import JobNotFound, LaunchError
 from medtrain.launch.job import JobSpec
 from medtrain.launch.launcher import JobStatus, Manifest
 from medtrain.storage.runs import EXIT_DONE, EXIT_RETRY, EXIT_STOPPED, EXIT_VERDICT
@@ -40,16 +42,41 @@ class _Record:
     run_key: str
 
 
+@dataclass
+class _Restarts:
+    """What is left of a job's starts."""
+
+    job: JobSpec
+    left: int
+    done: int = 0
+    due: float | None = None
+    """When the next one is, on the monotonic clock; None while none is waited for."""
+
+
+def restart_delay_s(number: int) -> float:
+    """How long the `number`-th restart (1-based) is waited for."""
+    return float(min(30, 2**number))
+
+
 class LocalLauncher:
     """Starts workers as processes; restarts one that ends with 200 until it gives itself up."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, *, restart_delay_s: Callable[[int], float] = restart_delay_s
+    ) -> None:
+        """
+        Args:
+            folder: Where logs and records of jobs are.
+            restart_delay_s: Seconds before the n-th restart (1-based) of a job.
+        """
         self._folder = folder
+        self._restart_delay_s = restart_delay_s
         self._children: dict[str, subprocess.Popen[bytes]] = {}
-        self._starts_left: dict[str, tuple[JobSpec, int]] = {}
+        self._restarts: dict[str, _Restarts] = {}
 
     def render(self, job: JobSpec) -> Manifest:
-        """The command and its environment."""
+        """The command and its environment; a LaunchError for a job of several nodes."""
+        _check_nodes(job)
         topology = {"PET_NNODES": "1", "PET_NPROC_PER_NODE": str(job.processes)}
         return {
             "argv": [sys.executable, "-m", "medtrain.worker", *job.argv],
@@ -57,30 +84,31 @@ class LocalLauncher:
         }
 
     def submit(self, job: JobSpec) -> str:
-        """Start the job, or adopt the live one of the same name and run key."""
+        """Start the job, or adopt the live one of the same name and run key.
+
+        Raises:
+            LaunchError: The job is for several nodes.
+        """
+        _check_nodes(job)
         self._folder.mkdir(parents=True, exist_ok=True)
         # The worker counts fruitless attempts itself; this bounds starts that claim none.
-        self._starts_left[job.name] = (job, 2 * job.attempts)
-        with FileLock(self._folder / f"{job.name}.lock"):
-            record = self._record(job.name)
-            if record is not None and record.run_key == job.run_key and _is_alive(record):
-                return job.name
-            self._log_path(job.name).write_bytes(b"")
-            self._start(job)
+        self._restarts[job.name] = _Restarts(job, left=2 * job.attempts)
+        with self._lock(job.name):
+            if not self._is_live(job):
+                self._log_path(job.name).write_bytes(b"")
+                self._start(job)
         return job.name
 
     def status(self, name: str) -> JobStatus:
-        """How the job stands; one that ended with 200 is started again here."""
+        """How the job stands; one that ended with 200 is started again here when it is time."""
         child = self._children.get(name)
         if child is not None:
             code = child.poll()
             if code is None:
                 return JobStatus("running")
-            job, starts_left = self._starts_left.get(name, (None, 0))
-            if code == EXIT_RETRY and job is not None and starts_left > 0:
-                self._starts_left[name] = (job, starts_left - 1)
-                self._start(job)
-                return JobStatus("running", reason="started again")
+            restarts = self._restarts.get(name)
+            if code == EXIT_RETRY and restarts is not None and restarts.left > 0:
+                return self._restart(restarts)
             return JobStatus("ended", code, _MEANINGS.get(code, f"ended with code {code}"))
         record = self._record(name)
         if record is None:
@@ -99,13 +127,37 @@ class LocalLauncher:
             return log.read()
 
     def cancel(self, name: str) -> None:
-        """Send SIGTERM."""
+        """Send SIGTERM; a job that waits for its restart is not started again."""
         record = self._record(name)
         if record is None:
             raise JobNotFound(f"job '{name}' must be one of this machine's, but none has this name")
-        self._starts_left.pop(name, None)
+        self._restarts.pop(name, None)
         if _is_alive(record):
             os.kill(record.pid, signal.SIGTERM)
+
+    def _restart(self, restarts: _Restarts) -> JobStatus:
+        """Start the job again if it is time; until then it counts as running."""
+        job = restarts.job
+        if restarts.due is None:
+            restarts.due = time.monotonic() + self._restart_delay_s(restarts.done + 1)
+        rest_s = restarts.due - time.monotonic()
+        if rest_s > 0:
+            return JobStatus("running", reason=f"ended with 200, starts again in {rest_s:.0f} s")
+        restarts.left, restarts.done, restarts.due = restarts.left - 1, restarts.done + 1, None
+        with self._lock(job.name):
+            if self._is_live(job):
+                # Somebody has submitted the job again in the meantime.
+                del self._children[job.name]
+            else:
+                self._start(job)
+        return JobStatus("running", reason="started again")
+
+    def _is_live(self, job: JobSpec) -> bool:
+        record = self._record(job.name)
+        return record is not None and record.run_key == job.run_key and _is_alive(record)
+
+    def _lock(self, name: str) -> FileLock:
+        return FileLock(self._folder / f"{name}.lock")
 
     def _start(self, job: JobSpec) -> None:
         manifest = self.render(job)
@@ -130,6 +182,14 @@ class LocalLauncher:
 
     def _log_path(self, name: str) -> Path:
         return self._folder / f"{name}.log"
+
+
+def _check_nodes(job: JobSpec) -> None:
+    if job.nodes > 1:
+        raise LaunchError(
+            f"job.nodes must be 1 on one machine, but is {job.nodes}. Set job.nodes=1 and "
+            "job.processes to the number of processes (one a GPU)."
+        )
 
 
 def _created(pid: int) -> float | None:

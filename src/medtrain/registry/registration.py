@@ -27,11 +27,13 @@ from medtrain.registry.models import (
     find_version,
     model_name,
     open_registry,
+    pull,
     search_versions,
 )
 from medtrain.registry.package import Package, verify_package
 from medtrain.settings import settings
 from medtrain.storage.tracking import artifact_root, ensure_experiment, ensure_run, mlflow_errors
+from medtrain.storage.uri import sha256_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -50,27 +52,30 @@ class Registration:
     version: RegisteredVersion | None
     """None: the gate refused."""
     is_new: bool
-    """False: the same run was registered before, and this is its version."""
+    """False: the same trained run was registered before, or the gate refused."""
 
 
 def register(evaluation_uri: str) -> Registration:
     """Apply the gate to an evaluated model; where it passes, register it as `candidate`.
 
-    The MLflow run of the evaluation is tagged with the verdict either way. The same trained run is
-    registered once: later calls answer with its version.
+    The MLflow run of the evaluation is tagged with the verdict either way. One trained run is one
+    version: the evaluation that it was registered by is answered with it, while another one, on
+    test cases that have grown since, is judged. Accepted, it gives the version its numbers and
+    verdict; refused, it leaves the version as it is, and the answer has none.
 
     Args:
         evaluation_uri: A finished evaluation's run directory; see `registry.evaluation`.
 
     Raises:
-        RegistryError: The evaluation or its package is not what it must be.
+        RegistryError: The evaluation or its package is not what it must be, or the trained run is
+            registered with other weights.
         StorageError: The tracking server or the storage failed.
     """
     evaluation = Evaluation.open(evaluation_uri)
     name = model_name(evaluation.details["system"], evaluation.details["variant"])
     client = open_registry()
     existing = _versions_of_run(client, name, evaluation.details["run_key"])
-    if existing:
+    if existing and existing[0].tags.get("evaluation_uri") == evaluation.uri:
         return _registered_before(client, existing[0])
     with tempfile.TemporaryDirectory(prefix="medtrain-") as scratch:
         package = evaluation.download_package(Path(scratch) / "package")
@@ -79,19 +84,27 @@ def register(evaluation_uri: str) -> Registration:
         if not verdict.accepted:
             log.warning("%s: refused: %s", name, verdict.reason)
             return Registration(name, verdict, None, is_new=False)
+        if existing:
+            _check_weights(existing[0], package, Path(scratch) / "registered")
+            return _judged_anew(client, existing[0], evaluation, verdict)
         source = _upload(client, run_id, package, Path(scratch) / "read-back")
-    tags = _version_tags(evaluation, package, verdict)
+    judgement = _judgement_tags(evaluation, verdict)
+    tags = {**_package_tags(evaluation, package), **judgement}
     _ensure_model(client, name)
     with mlflow_errors():
         created = client.create_model_version(
-            name, source=source, run_id=run_id, tags=tags, description=_description(verdict, tags)
+            name,
+            source=source,
+            run_id=run_id,
+            tags=tags,
+            description=_description(verdict, judgement),
         )
     first = _versions_of_run(client, name, tags["run_key"])[0]
     if first.version != int(created.version):
         # Somebody registered the same run at the same moment, and the first one counts.
         with mlflow_errors():
             client.delete_model_version(name, str(created.version))
-        return _registered_before(client, first)
+        return register(evaluation_uri)
     _point_candidate(client, first)
     log.info("%s: registered: %s", first.reference, verdict.reason)
     return Registration(name, verdict, find_version(first.reference), is_new=True)
@@ -108,17 +121,21 @@ def _judge(client: MlflowClient, evaluation: Evaluation, name: str) -> GateVerdi
     return decide(
         recipe.gates[details["variant"]],
         challenger=evaluation.contender(),
-        champion=_champion(client, name),
+        champion=_champion(client, name, challenger=details["run_key"]),
         summarize=part(recipe, "metrics").summarize,
         today=evaluation.today(),
     )
 
 
-def _champion(client: MlflowClient, name: str) -> Contender | None:
+def _champion(client: MlflowClient, name: str, *, challenger: str) -> Contender | None:
+    """The champion to beat; None where there is none, or the challenger's run is it already."""
     number = aliases_of(client, name).get(CHAMPION)
     if number is None:
         return None
     version = find_version(f"{name}:{number}")
+    if version.tags.get("run_key") == challenger:
+        # Nothing is better than itself.
+        return None
     try:
         return Evaluation.open(version.tags["evaluation_uri"]).contender(version=number)
     except (KeyError, RegistryError) as error:
@@ -173,28 +190,60 @@ def _ensure_model(client: MlflowClient, name: str) -> None:
                 raise
 
 
-def _version_tags(evaluation: Evaluation, package: Package, verdict: GateVerdict) -> dict[str, str]:
+def _package_tags(evaluation: Evaluation, package: Package) -> dict[str, str]:
+    """What a version's package is, for good."""
     details = evaluation.details
     return {
         "run_key": details["run_key"],
-        "evaluation_uri": evaluation.uri,
         "config_digest": evaluation.outcome.sha256["package/config.yaml"],
         "data_fingerprint": details["data_fingerprint"],
         "code_fingerprint": details["code_fingerprint"],
         "commit": details["commit"],
         "package_digest": package.digest,
+    }
+
+
+def _judgement_tags(evaluation: Evaluation, verdict: GateVerdict) -> dict[str, str]:
+    """What one evaluation says of a version; `evaluation_uri` is the last."""
+    return {
         "metrics": json.dumps(dict(evaluation.outcome.metrics)),
-        "synthetic": str(bool(details["is_synthetic"])).lower(),
+        "synthetic": str(bool(evaluation.details["is_synthetic"])).lower(),
         "looks": str(evaluation.looks()),
         "gate": verdict.to_json(),
         "gate_accepted": str(verdict.accepted).lower(),
         "gate_reason": verdict.reason,
+        "evaluation_uri": evaluation.uri,
     }
 
 
 def _description(verdict: GateVerdict, tags: Mapping[str, str]) -> str:
     synthetic = "SYNTHETIC data, not for patients. " if tags["synthetic"] == "true" else ""
     return f"{synthetic}Gate: {verdict.reason}."
+
+
+def _check_weights(version: RegisteredVersion, package: Package, scratch: Path) -> None:
+    """Refuse an evaluation of other weights than the version's: the run was trained once more."""
+    if sha256_of(pull(version.reference, scratch).weights) != sha256_of(package.weights):
+        raise RegistryError(
+            f"the evaluation must be of the weights that {version.reference} has, but is of others "
+            f"of the same run ({version.tags['run_key']}), which was trained once more. Train with "
+            "another seed to register them beside it."
+        )
+
+
+def _judged_anew(
+    client: MlflowClient, version: RegisteredVersion, evaluation: Evaluation, verdict: GateVerdict
+) -> Registration:
+    """Give a version the numbers and the verdict of a later evaluation."""
+    number, tags = str(version.version), _judgement_tags(evaluation, verdict)
+    with mlflow_errors():
+        client.update_model_version(version.name, number, _description(verdict, tags))
+        # `evaluation_uri` comes last: where this is interrupted, the next call does it again.
+        for tag, value in tags.items():
+            client.set_model_version_tag(version.name, number, tag, value)
+    _point_candidate(client, version)
+    log.info("%s: judged anew: %s", version.reference, verdict.reason)
+    return Registration(version.name, verdict, find_version(version.reference), is_new=False)
 
 
 def _registered_before(client: MlflowClient, version: RegisteredVersion) -> Registration:

@@ -110,10 +110,6 @@ class RunDirectory:
     def uri(self) -> str:
         return self.store.uri
 
-    #
-    #
-    #
-
     def write_text(self, key: str, text: str) -> None:
         """Write a document whole."""
         self.store.write(key, text.encode())
@@ -148,10 +144,6 @@ class RunDirectory:
                 f"{self.uri}/{key} must be a record of the kind {kind.__name__}, "
                 f"but is none ({error})"
             ) from error
-
-    #
-    #
-    #
 
     def attempts(self) -> list[int]:
         """Numbers of all starts so far, ascending."""
@@ -211,10 +203,6 @@ class RunDirectory:
             stops = 0
         return count + _if_many(stops)
 
-    #
-    #
-    #
-
     def outcome(self) -> Outcome | None:
         """The final word, or None while there is none."""
         return self._read_record("outcome.json", Outcome)
@@ -244,10 +232,6 @@ class RunDirectory:
     def holds_what_it_names(self, outcome: Outcome) -> bool:
         """Whether every artifact that a `done` outcome names is still there."""
         return all(self.store.exists(key) for key in outcome.artifacts.values())
-
-    #
-    #
-    #
 
     def publish(self, pointer: Pointer) -> None:
         """Make a checkpoint exist, after its blob is stored."""

@@ -148,26 +148,24 @@ def check_precision(model: nn.Module, precision: Precision, device: torch.device
 
     Raises:
         ConfigError: Gradients of fp16 parameters can be neither scaled nor added up faithfully.
+        LaunchError: fp16 on a CPU: another machine may have the GPU that this one lacks.
     """
-    problems = []
     half = [
         name
         for name, parameter in model.named_parameters()
         if parameter.dtype in (torch.float16, torch.bfloat16)
     ]
     if half:
-        problems.append(
+        raise ConfigError(
             f"all parameters must be float32, but {len(half)} are of half precision, such as "
             f"{half[0]}. Set precision=fp16 or bf16 and leave the model in float32: autocast "
             "chooses the arithmetic of each operation."
         )
     if precision == "fp16" and device.type != "cuda":
-        problems.append(
+        raise LaunchError(
             f"precision=fp16 must have a GPU, but this process computes on the {device.type}. "
             "Set precision=bf16 or precision=fp32."
         )
-    if problems:
-        raise ConfigError(problems)
 
 
 def share_batchnorm(model: nn.Module, process: Process) -> nn.Module:

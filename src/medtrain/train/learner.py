@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -26,7 +26,7 @@ from medtrain.train.device import (
     to_device,
 )
 from medtrain.train.ema import AveragedModel
-from medtrain.train.optim import build_optimizer, freeze, match_groups, set_training_mode
+from medtrain.train.optim import Group, build_optimizer, freeze, match_groups, set_training_mode
 from medtrain.train.schedules import GroupSchedule
 from medtrain.train.step import Phase, Tally, TrainStep, check_phases, probe
 from medtrain.train.task import Batch, Clock, Task
@@ -69,6 +69,8 @@ class Learner:
         self.model = model
         self.groups = match_groups(model, stage.optim)
         self.step = TrainStep(model, task=task, stage=stage)
+        has_start = stage.init.source != "scratch"
+        self._start = _learning_weights(self.groups) if has_start else None
         self.averaged = AveragedModel(model, stage.ema) if stage.ema else None
         # After the average's copy: what this puts into a model does not survive copying.
         checkpoint_activations(model, stage.activation_checkpointing)
@@ -195,6 +197,17 @@ class Learner:
         base = self._stage.optim.groups[name].lr
         return 0.0 if base is None else base * self._schedules[name].factor(step)
 
+    def drift(self) -> dict[str, float]:
+        """‖θ - θ0‖ / ‖θ0‖ of every group since the stage's start; none for one from scratch."""
+        if self._start is None:
+            return {}
+        drift = dict.fromkeys((group.name for group in self.groups), 0.0)
+        for group in self.groups:
+            if group.config.lr is not None:
+                start = [to_device(self._start[n], self._process.device) for n in group.parameters]
+                drift[group.name] = group.update_ratio(start)
+        return drift
+
     def observe(self, value: float | None, *, epoch: int, monitor: Criterion) -> None:
         """Tell the schedules the monitor of a validation."""
         for schedule in self._schedules.values():
@@ -215,6 +228,7 @@ class Learner:
             "ema": self.averaged.state_dict() if self.averaged else None,
             "schedules": {name: s.state_dict() for name, s in self._schedules.items()},
             "skipped_in_a_row": self._skipped_in_a_row,
+            "start": self._start,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -227,6 +241,7 @@ class Learner:
         for name, schedule in self._schedules.items():
             schedule.load_state_dict(state["schedules"][name])
         self._skipped_in_a_row = state["skipped_in_a_row"]
+        self._start = state["start"]
 
     def _set_learning_rates(self, step: int) -> None:
         for options in self._optimizer.param_groups:
@@ -255,3 +270,13 @@ class Learner:
             f"{clock.step + 1}, {'; '.join(sentences)}. Look at these cases, lower the learning "
             "rate, lengthen the warm-up or set optim.clip_norm."
         )
+
+
+def _learning_weights(groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Copies, in the host's memory, of the parameters that ever learn: others cannot drift."""
+    return {
+        name: parameter.detach().to("cpu", copy=True)
+        for group in groups
+        if group.config.lr is not None
+        for name, parameter in group.parameters.items()
+    }

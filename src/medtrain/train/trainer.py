@@ -121,9 +121,6 @@ class Trainer:
         self._parent = parent
         self._keep_rows = keep_rows
 
-    # ------------------------------------------------------------------------------------------
-    # the loop
-
     def fit(self) -> FitResult:
         """Train until the last epoch, early stopping, or a request to stop.
 
@@ -161,16 +158,8 @@ class Trainer:
             metrics=dict(self._best_metrics),
         )
 
-    # ------------------------------------------------------------------------------------------
-    # beginning: the run's own state, else the earlier stage's weights, else what the task makes
-
     def _begin(self) -> None:
         stage, process = self._stage, self._process
-        for name in {"last", "previous"} & stage.checkpoint.criteria.keys():
-            raise ConfigError(
-                f"checkpoint.criteria must not use the name '{name}', which training states have. "
-                "Name the criterion after its metric."
-            )
         manual_seed(derive_seed("model", stage.seed))
         model = self._task.build_model()
         saved = self._find_last()
@@ -237,9 +226,6 @@ class Trainer:
                 f"but gives {counts}."
             )
         return int(counts[0])
-
-    # ------------------------------------------------------------------------------------------
-    # training
 
     def _train_epoch(self, epoch: int) -> bool:
         """Take the epoch's remaining steps; False where the processes agree to stop."""
@@ -310,9 +296,6 @@ class Trainer:
         """Whether any process wishes so, on every process."""
         wishes = torch.tensor([float(wish)], device=self._process.device)
         return bool(self._process.sum(wishes).item())
-
-    # ------------------------------------------------------------------------------------------
-    # the end of an epoch
 
     def _close_epoch(self, epoch: int) -> bool:
         """Judge, log and save; False where a stop was asked for while judging."""
@@ -402,12 +385,11 @@ class Trainer:
         for group in self._learner.groups:
             lr = self._learner.learning_rate(group.name, self._progress.step - 1)
             metrics[f"lr_{group.name}"] = lr if group.is_trained(epoch) else 0.0
+        for name, drift in self._learner.drift().items():
+            metrics[f"drift_{name}"] = drift
         if self._num_samples:
             metrics["samples_per_s"] = self._num_samples / max(self._train_s, 1e-9)
         return metrics
-
-    # ------------------------------------------------------------------------------------------
-    # states
 
     def state_dict(self) -> State:
         """All that is needed to go on: tensors and plain types."""
@@ -463,8 +445,6 @@ class Trainer:
             # What a checkpoint follows from must not be lost where the checkpoint is kept.
             self._tracker.flush()
         self._checkpoints.save(state, step=self._progress.step, names=names)
-
-    # ------------------------------------------------------------------------------------------
 
     def _clock(self, epoch: int | None = None) -> Clock:
         step = self._progress.step

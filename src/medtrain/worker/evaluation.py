@@ -14,7 +14,7 @@ from medtrain.config import dump, to_yaml
 from medtrain.data.cases import Row, rows_to_csv
 from medtrain.data.splits import SplitRow, count_looks, splits_from_csv, splits_to_csv
 from medtrain.errors import DataError
-from medtrain.flow import Plan, key_of
+from medtrain.plans import Plan, PreparedData, key_of
 from medtrain.recipes import part
 from medtrain.serve.package import write_package
 from medtrain.stats import cluster_bootstrap
@@ -64,7 +64,9 @@ def write_evaluation(
     run.write_text(f"cases/{attempt}/{POOLED}.csv", rows_to_csv(rows))
 
     fitted_rows = _fitted_rows(plan.parent)
-    training = [plan.data.cases[row.case_id] for row in fitted_rows if row.role == "train"]
+    # A second data set to judge on does not hold the cases of the first.
+    fitted_on = PreparedData.load(plan.parent.read_json("facts.json")["data_uri"])
+    training = [fitted_on.cases[row.case_id] for row in fitted_rows if row.role == "train"]
     judged = [plan.data.cases[row.case_id] for row in plan.rows]
     shown = part(plan.resolution.recipe, "evaluation")
     run.write_json("tables.json", shown.tables(rows, training, judged, plan.stage.data))

@@ -18,11 +18,18 @@ from typing import Any
 
 from medtrain.config import dump, to_yaml
 from medtrain.data.cache import NodeCache
-from medtrain.data.prepare import dataset_home, prepare
+from medtrain.data.prepare import dataset_home, prepare, root_uri
 from medtrain.data.splits import record_look, splits_to_csv
 from medtrain.errors import ConfigError, MedTrainError, is_verdict
-from medtrain.flow import Plan, plan_evaluation, plan_prepare, plan_training
 from medtrain.identity import DECIDING_LIBRARIES
+from medtrain.plans import (
+    Plan,
+    plan_evaluation,
+    plan_prepare,
+    plan_training,
+    stands,
+    verdict_details,
+)
 from medtrain.recipes import part
 from medtrain.settings import settings
 from medtrain.storage.runs import (
@@ -96,10 +103,15 @@ def _attempt(plan: Plan, key: str, work: Callable[[Plan, int, Path], End]) -> in
     if os.environ.get("PET_NODE_RANK", "0") != "0":
         return work(plan, 0, _scratch(plan, 0)).code
     known = run.outcome()
-    if known is not None and (known.state != "done" or run.holds_what_it_names(known)):
-        log.info("run %s is %s already", plan.key, known.state.replace("_", " "))
-        return EXIT_DONE if known.state == "done" else EXIT_VERDICT
-    if known is not None:
+    if known is not None and known.state != "done":
+        if stands(known, plan.stage.job):
+            log.error("error: run %s %s before: %s", plan.key, known.state, known.reason)
+            return EXIT_VERDICT
+        run.retract_verdict()
+    elif known is not None and run.holds_what_it_names(known):
+        log.info("run %s is done already", plan.key)
+        return EXIT_DONE
+    elif known is not None:
         log.warning("run %s was done, but what it made is gone: it is made again", plan.key)
         run.retract_verdict()
         # Going on from the last state would not bring the best ones back.
@@ -108,7 +120,7 @@ def _attempt(plan: Plan, key: str, work: Callable[[Plan, int, Path], End]) -> in
     fruitless = run.fruitless_attempts()
     if fruitless >= plan.stage.job.attempts:
         reason = f"{fruitless} starts in a row ended without a new checkpoint"
-        run.write_outcome(Outcome("gave_up", reason, details=_verdict_details(plan)))
+        run.write_outcome(Outcome("gave_up", reason, details=verdict_details(plan.stage.job)))
         log.error("error: given up: %s", reason)
         return EXIT_VERDICT
     attempt = run.claim_attempt({"key": plan.key, "code": plan.code, "argv": list(plan.argv)})
@@ -127,17 +139,13 @@ def _attempt(plan: Plan, key: str, work: Callable[[Plan, int, Path], End]) -> in
     if end.outcome is not None:
         run.write_outcome(end.outcome)
     elif end.code == EXIT_VERDICT and end.is_final:
-        run.write_outcome(Outcome("failed", end.reason, details=_verdict_details(plan)))
+        run.write_outcome(Outcome("failed", end.reason, details=verdict_details(plan.stage.job)))
     run.end_attempt(attempt, AttemptEnd(end.code, end.reason, end.step, end.durable_step))
     shutil.rmtree(scratch, ignore_errors=True)
     log.log(
         logging.INFO if end.code == EXIT_DONE else logging.ERROR, "end %d: %s", end.code, end.reason
     )
     return end.code
-
-
-def _verdict_details(plan: Plan) -> dict[str, Any]:
-    return {"job": dump(plan.stage.job), "image": os.environ.get("MEDTRAIN_IMAGE_DIGEST", "")}
 
 
 def _scratch(plan: Plan, attempt: int) -> Path:
@@ -163,6 +171,7 @@ def _describe(plan: Plan, run: RunDirectory) -> None:
             "code_fingerprint": plan.code,
             "data_fingerprint": plan.data.manifest.fingerprint,
             "data_key": plan.data.key,
+            "data_uri": plan.data.uri,
             "data_home": plan.data.home.uri,
             "is_synthetic": plan.data.manifest.is_synthetic,
             "data_facts": dict(plan.data.manifest.facts),
@@ -219,7 +228,7 @@ def _prepare_data(plan: Plan, attempt: int, scratch: Path) -> End:
         "fingerprint": prepared.fingerprint,
         "protocol": prepared.protocol,
         "part": prepared.part,
-        "root": data.root,
+        "root": root_uri(data),
         "run_key": plan.key,
     }
     counts = {f"num_{role}": float(count) for role, count in prepared.counts.items()}
@@ -242,8 +251,7 @@ def _run_ranks(plan: Plan, attempt: int, scratch: Path) -> End:
     cache = NodeCache(settings().cache)
     used = [plan.data.cases[row.case_id] for row in plan.rows]
     files = {file.path: file.checksum for case in used for file in case.files.values()}
-    root = plan.stage.data.root or plan.data.root
-    data_path = cache.fetch(open_store(root), files, plan.data.manifest.fingerprint[:16])
+    data_path = cache.fetch(open_store(plan.data.root), files, plan.data.manifest.fingerprint[:16])
     started_from = ""
     if plan.parent is not None:
         started_from = str(_fetch_trained(plan.parent, scratch))
@@ -326,13 +334,16 @@ def _decide(scratch: Path, failure: str) -> End:
         # A newer attempt goes on with the run: that ends this start, not the run.
         is_final = first["type"] != "RunTakenOver"
         return End(EXIT_VERDICT, first["sentence"], is_final=is_final)
-    if not failure and result is not None:
+    # It was written after everything was stored: how the others left does not matter any more.
+    if result is not None:
         outcome = Outcome("done", **result["outcome"])
         step = result.get("step", 0)
         return End(EXIT_DONE, "done", outcome, step=step, durable_step=step)
     if stopped is not None:
         step = stopped["step"]
         return End(EXIT_STOPPED, f"stopped after step {step}", step=step, durable_step=step)
+    if failure.startswith("stopped by") and not (scratch / "begun").exists():
+        return End(EXIT_STOPPED, "stopped by a signal before the first step")
     if "killed by signal" in failure or not records:
         return End(EXIT_RETRY, failure or "the ranks ended without a result")
     first = min(records, key=lambda record: record["time_ns"])

@@ -21,7 +21,7 @@ from torch import nn
 from medtrain.config import dump
 from medtrain.data.cases import Row, rows_to_csv
 from medtrain.errors import CheckpointError, is_verdict
-from medtrain.flow import Plan, plan_evaluation, plan_training
+from medtrain.plans import Plan, plan_evaluation, plan_training
 from medtrain.recipes import part
 from medtrain.settings import settings
 from medtrain.storage.runs import (
@@ -127,6 +127,8 @@ def _train(plan: Plan, task: Task, process: Process, spec: dict[str, Any]) -> in
     def keep_rows(rows: Sequence[Row]) -> None:
         run.write_text(f"cases/{attempt}/val.csv", rows_to_csv(rows))
 
+    # From here on a stop may lose steps, unless the state after the last one is stored.
+    (scratch / "begun").touch()
     tracker = _open_tracker(plan, run, spec) if process.is_main else None
     state: EndState = "failed"
     try:
@@ -215,11 +217,17 @@ def _evaluate(plan: Plan, task: Task, process: Process, spec: dict[str, Any]) ->
     for role in sorted({row.role for row in plan.rows}):
         shard = Shard(process.rank, process.world_size, plan.stage.seed, epoch=1, is_training=False)
         loader = task.build_loader(role, shard)
-        judgements[role] = judge(step, loader, clock=clock, process=process)
+        judged = judge(step, loader, clock=clock, process=process, is_stopping=STOP.is_set)
+        if judged is None:
+            if process.is_main:
+                _write_json(Path(spec["scratch"]) / "stopped.json", {"step": 0})
+            process.barrier()
+            return EXIT_STOPPED
+        judgements[role] = judged
     if process.is_main:
         outcome = write_evaluation(
             plan,
-            {role: judged.rows for role, judged in judgements.items() if judged is not None},
+            {role: judged.rows for role, judged in judgements.items()},
             summarize=task.summarize,
             weights=state["model"],
             attempt=spec["attempt"],

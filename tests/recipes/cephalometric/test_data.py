@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from medtrain.data.manifest import Case, FileEntry, Scan
-from medtrain.data.splits import WITHHELD, SplitRow, count_roles
+from medtrain.data.manifest import Case, FileEntry, Scan, problem_table
+from medtrain.data.splits import WITHHELD, SplitRow, count_roles, splits_to_csv
 from medtrain.data.synthetic import plant
 from medtrain.errors import ConfigError, DataError
 from medtrain.recipes import resolve
@@ -53,10 +53,6 @@ def kinds(found: Scan) -> Counter[tuple[str, str]]:
     return Counter((problem.severity, problem.kind) for problem in found.problems)
 
 
-# ----------------------------------------------------------------------------------------------
-# reading
-
-
 def test_the_published_layout_is_read_without_a_word(pristine_films: Path) -> None:
     found = scanned(pristine_films)
 
@@ -86,6 +82,44 @@ FOLLOWS = {
 }
 
 
+TRAINING, TEST1 = "RawImage/TrainingData", "RawImage/Test1Data"
+JUNIOR, SENIOR = "AnnotationsByMD/400_junior", "AnnotationsByMD/400_senior"
+DAMAGE = {
+    "image_size_differs": ([f"{TEST1}/156.bmp"], "is 112 x 136, most are 96 x 120"),
+    "left_facing": ([f"{TEST1}/155.bmp"], "faces left"),
+    "images_elsewhere": (["thumbnails/151.bmp"], "lie in none of TrainingData"),
+    "unknown_image": (["patients.csv"], "names no film"),
+    "duplicate_of_one_patient": (
+        [f"{TEST1}/151.bmp"],
+        f"is the same file as {TRAINING}/006.bmp. Both stay in one group",
+    ),
+    "archives_only": (["AnnotationsByMD.rar, RawImage.rar"], "archives not extracted"),
+    "annotations_packed": (["AnnotationsByMD.rar"], "archives not extracted: no annotations by"),
+    # What is missing cannot be looked at: the film is, and the reason names the other file.
+    "missing_annotation": (
+        [f"{TEST1}/151.bmp"],
+        f"has no annotation by senior: {SENIOR}/151.txt is missing",
+    ),
+    "missing_reader": (["400_junior"], "no film has an annotation by junior"),
+    "annotation_without_image": ([f"{JUNIOR}/152.txt", f"{SENIOR}/152.txt"], "has no film"),
+    "empty_image": ([f"{TEST1}/153.bmp"], "is empty"),
+    "truncated_image": ([f"{TEST1}/154.bmp"], "must be a whole image"),
+    "empty_annotation": ([f"{SENIOR}/301.txt"], "is empty"),
+    "wrong_point_count": ([f"{SENIOR}/302.txt"], "must begin with 19 points, but has 18"),
+    "malformed_line": ([f"{SENIOR}/303.txt"], "line 1 must be `x,y`, but is '12;34'"),
+    "point_outside": ([f"{SENIOR}/304.txt"], "landmark 1 at 9999,12 outside the film"),
+    "duplicate_image": (
+        [f"{TEST1}/151.bmp"],
+        f"is the same file as {TRAINING}/006.bmp. Remove one",
+    ),
+    "duplicate_case": ([f"{TRAINING}/151.bmp"], f"the same number is also {TEST1}/151.bmp"),
+    "no_pixel_size": (["dataset.json"], "nothing says the pixel size of 16 films"),
+    "bad_description": (["dataset.json"], "must be JSON"),
+    "bad_patients": (["patients.csv"], "lacks image, patient"),
+    "patient_of_two_folders": ([f"{TRAINING}/001.bmp"], "with 151, 301 of the test: withheld"),
+}
+
+
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_an_oddity_of_real_sets_is_accepted(name: str, films: Path, pristine_films: Path) -> None:
     plant(films, [name], ODDITIES)
@@ -112,6 +146,10 @@ def test_a_fault_is_reported_as_what_it_is(name: str, films: Path) -> None:
     told = {(problem.severity, problem.kind) for problem in found.problems}
     told -= FOLLOWS.get(name, set())
     assert told == {(oddity.severity, oddity.problem)}
+    files, reason = DAMAGE[name]
+    problems = [problem for problem in found.problems if problem.kind == oddity.problem]
+    assert {problem.file for problem in problems} == set(files)
+    assert all(reason in problem.message for problem in problems)
 
 
 def test_all_faults_are_reported_at_once(films: Path) -> None:
@@ -139,14 +177,37 @@ def test_copies_of_a_film_are_one_group_and_both_are_named(films: Path) -> None:
     assert sorted(groups.values())[-2:] == [1, 2]
 
 
+PATIENT_ANNA = "patient-55579b557896"  # printf anna | sha256sum | cut -c-12
+
+
 def test_films_of_one_patient_are_one_group(films: Path) -> None:
     (films / "patients.csv").write_text("Image,Patient\n1.bmp,anna\n002,anna\n003,\n")
 
     found = scanned(films)
 
     groups = {case.case_id: case.group for case in found.manifest.cases}
-    assert groups["001"] == groups["002"] == "patient-anna"
+    assert groups["001"] == groups["002"] == PATIENT_ANNA
     assert groups["003"] == "case-003"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "image,patient\n001,anna\n151,anna\n",
+        "image,patient\n001,anna\n001,berta\n999,anna\n",
+        "001,anna\n151,anna\n",
+        'image,patient\n001,"anna\n',
+    ],
+)
+def test_a_patient_s_identifier_stays_in_the_raw_data(films: Path, table: str) -> None:
+    (films / "patients.csv").write_text(table)
+
+    found = scanned(films, protocol="challenge")
+
+    rows = assign(found.manifest.cases, CephalometricData(protocol="challenge"), [], seed=42)
+    said = [problem_table(found.problems), found.manifest.to_json(), splits_to_csv(rows)]
+    assert found.problems
+    assert "anna" not in "".join(map(str, said))
 
 
 def test_a_reader_that_is_not_needed_may_be_missing(films: Path) -> None:
@@ -254,9 +315,6 @@ def test_facts_hold_the_distance_between_the_readers(pristine_films: Path) -> No
     assert "test2_senior" in found.manifest.facts["landmark_16_from_7_mm"]
 
 
-# ----------------------------------------------------------------------------------------------
-# single files
-
 PAIRS = [(10 * n, 10 * n + 5) for n in range(19)]
 LINES = "".join(f"{x},{y}\n" for x, y in PAIRS)
 
@@ -339,10 +397,6 @@ def test_a_single_film_needs_a_pixel_size(pristine_films: Path, tmp_path: Path) 
         case_from_file(tmp_path / "none.bmp", CephalometricData())
 
 
-# ----------------------------------------------------------------------------------------------
-# truth
-
-
 def annotated(case_id: str = "001", *, shift: float = 4.0, **attributes: str) -> Case:
     points = [(float(x), float(y)) for x, y in PAIRS]
     return Case(
@@ -409,10 +463,6 @@ def test_skeletal_class_is_the_angle_of_upper_and_lower_jaw(
     assert anb_deg(points) == pytest.approx(angle, abs=1e-3)
     text = points_to_text([(float(x), float(y)) for x, y in points])
     assert skeletal_class(Case("1", "g", {}, {"junior": text})) == expected
-
-
-# ----------------------------------------------------------------------------------------------
-# protocols
 
 
 def placed(
@@ -523,10 +573,6 @@ def test_pretrained_weights_are_those_of_the_encoder() -> None:
 
     assert weights(first)["encoder"].hub_id == "timm/efficientnet_b3.ra2_in1k"  # type: ignore[arg-type]
     assert weights(second) == weights(smoke) == {}  # type: ignore[arg-type]
-
-
-# ----------------------------------------------------------------------------------------------
-# the generator
 
 
 def test_films_are_shared_out_as_in_the_challenge(pristine_films: Path) -> None:

@@ -74,6 +74,15 @@ def test_landmark_16_can_be_left_out_of_nineteen():
     assert "mre_mm_without_l16" not in summarize([_row([1.0] * 7)])
 
 
+def test_every_published_metric_is_also_given_without_landmark_16():
+    errors = RNG.uniform(0, 5, (4, 19))
+    metrics = summarize([_row(list(case)) for case in errors])
+    rest = summarize([_row(list(case)) for case in np.delete(errors, 15, axis=1)])
+    names = ("mre_mm", "sd_mm", "sdr_1_5mm", "sdr_2mm", "sdr_2_5mm", "sdr_3mm", "sdr_4mm")
+    without = {n: value for n, value in metrics.items() if n.endswith("_without_l16")}
+    assert without == {f"{name}_without_l16": pytest.approx(rest[name]) for name in names}
+
+
 def test_what_is_undefined_is_absent():
     assert summarize([]) == {}
     assert summarize([{"case_id": "1"}, {"case_id": "2", "error_mm": None}]) == {}

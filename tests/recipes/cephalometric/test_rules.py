@@ -134,6 +134,67 @@ class TestData:
         assert not found("D-M10", MULTITASK)
 
 
+SENIOR_16 = {
+    "train_senior": [7.5, 7.3],
+    "test1_senior": [8.7, 5.8],
+    "test2_senior": [11.6, -2.3],
+}
+JUNIOR_16 = {
+    "train_junior": [11.2, -1.0],
+    "test1_junior": [11.6, -1.4],
+    "test2_junior": [11.2, -0.7],
+}
+PUBLISHED_16 = {"landmark_16_from_7_mm": {**SENIOR_16, **JUNIOR_16}}
+"""Mean offsets in the films of ISBI 2015."""
+
+
+class TestLandmark16:
+    def test_the_senior_changes_the_definition_in_test2(self) -> None:
+        (finding,) = found("D-M12", BASELINE, "data.annotator=senior", **PUBLISHED_16)
+        assert finding.severity == "warning"
+        said = "(7.5, 7.3) mm in train, but (11.6, -2.3) mm in test2, 10.4 mm away"
+        assert said in finding.message
+        assert "test1" not in finding.message
+        assert "without landmark 16" in finding.message
+
+    def test_the_mean_follows_the_senior(self) -> None:
+        (finding,) = found("D-M12", BASELINE, "data.annotator=mean", **PUBLISHED_16)
+        said = "(9.3, 3.1) mm in train, but (11.4, -1.5) mm in test2, 5.1 mm away"
+        assert said in finding.message
+
+    def test_the_junior_keeps_to_one_definition(self) -> None:
+        assert not found("D-M12", BASELINE, "data.annotator=junior", **PUBLISHED_16)
+
+    @pytest.mark.parametrize(("distance", "is_told"), [(2.9, False), (3.1, True)])
+    def test_three_millimeters_are_the_bound(self, distance: float, is_told: bool) -> None:
+        offsets = {"train_junior": [1.0, 0.0], "test1_junior": [1.0, distance]}
+        told = found("D-M12", BASELINE, "data.annotator=junior", landmark_16_from_7_mm=offsets)
+        assert bool(told) is is_told
+
+    def test_what_a_reader_did_not_mark_is_not_judged(self) -> None:
+        offsets = {**SENIOR_16, "train_junior": [11.2, -1.0]}
+        assert not found("D-M12", BASELINE, "data.annotator=mean", landmark_16_from_7_mm=offsets)
+        alone = {"test1_senior": [0.0, 0.0], "test2_senior": [9.0, 9.0]}
+        assert not found("D-M12", BASELINE, "data.annotator=senior", landmark_16_from_7_mm=alone)
+
+    def test_few_films_differ_by_chance(self) -> None:
+        senior = "data.annotator=senior"
+        many, few = {"train": 150, "test1": 150, "test2": 30}, {"train": 150, "test2": 29}
+        assert found("D-M12", BASELINE, senior, subsets=many, **PUBLISHED_16)
+        assert not found("D-M12", BASELINE, senior, subsets=few, **PUBLISHED_16)
+        few = {**many, "train": 29}
+        assert not found("D-M12", BASELINE, senior, subsets=few, **PUBLISHED_16)
+
+    def test_without_the_landmark_or_the_fact_nothing_is_judged(self) -> None:
+        seven = ("data.annotator=senior", "data.landmarks=maht7")
+        assert not found("D-M12", BASELINE, *seven, **PUBLISHED_16)
+        missing = {m.rule: m for m in examine(resolve(BASELINE), {}).not_evaluated}
+        assert missing["D-M12"].fact == "landmark_16_from_7_mm"
+        assert "medtrain data check" in missing["D-M12"].command
+        missing = {m.rule: m for m in examine(resolve(BASELINE, [*seven]), {}).not_evaluated}
+        assert "D-M12" not in missing
+
+
 class TestStart:
     @pytest.mark.parametrize(
         "start",
@@ -171,7 +232,7 @@ def test_what_is_meant_for_use_is_clean_but_for_what_is_documented(variant: str)
 
 @pytest.mark.parametrize("stage", ["baseline", "transformer", "multitask"])
 def test_the_smoke_variant_may_run(stage: str) -> None:
-    facts = {"num_train_cases": 26, "num_parameters": 6_000_000}
+    facts = {"num_train_cases": 26, "num_parameters": 6_000_000, "landmark_16_from_7_mm": {}}
     diagnosis = examine(resolve(f"cephalometric/smoke:{stage}"), facts)
     assert blocking(diagnosis, []) == []
     assert not diagnosis.not_evaluated

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from medtrain.data import cache as cache_module
 from medtrain.data.cache import HashCache, NodeCache
-from medtrain.errors import DataError, StorageError
+from medtrain.errors import DataError, StorageError, is_verdict
 from medtrain.storage.files import checksum_of
 from medtrain.storage.local import LocalStore
 from medtrain.storage.uri import ObjectInfo, open_store
@@ -106,8 +109,25 @@ def test_a_local_file_that_changed_is_named(films: Path, tmp_path: Path) -> None
     (films / "002.bmp").write_bytes(b"owt")
     (films / "sub/001.bmp").unlink()
 
-    with pytest.raises(DataError, match=r"sub/001\.bmp is gone, 002\.bmp has changed"):
+    with pytest.raises(StorageError, match=r"sub/001\.bmp is gone, 002\.bmp has changed") as raised:
         NodeCache(tmp_path / "cache").fetch(open_store(str(films)), expected, "set")
+
+    assert str(films) in str(raised.value) and "data.root" in str(raised.value)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(b"owt")])
+def test_data_that_lie_elsewhere_are_no_verdict_on_a_run(
+    films: Path, tmp_path: Path, damage: Callable[[Path], Any]
+) -> None:
+    cache, expected = NodeCache(tmp_path / "cache"), entries(films)
+    copy = Path(shutil.copytree(films, tmp_path / "copy"))
+    damage(films / "002.bmp")
+
+    with pytest.raises(StorageError) as raised:
+        cache.fetch(open_store(str(films)), expected, "set")
+
+    assert not is_verdict(raised.value)
+    assert cache.fetch(open_store(str(copy)), expected, "set") == copy
 
 
 def test_a_file_is_hashed_once(

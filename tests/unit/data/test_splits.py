@@ -260,10 +260,6 @@ def test_the_fingerprint_is_of_content_and_not_of_parts_or_order() -> None:
     assert fingerprint([replace(rows[0], role="val"), rows[1]]) != fingerprint(rows)
 
 
-# ----------------------------------------------------------------------------------------------
-# the record
-
-
 @pytest.fixture
 def home(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "home"))

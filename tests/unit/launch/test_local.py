@@ -4,14 +4,15 @@ import json
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from medtrain.errors import JobFailed, JobNotFound
+from medtrain.errors import JobFailed, JobNotFound, LaunchError
 from medtrain.launch.job import JobSpec
 from medtrain.launch.launcher import Manifest, wait
-from medtrain.launch.local import LocalLauncher
+from medtrain.launch.local import LocalLauncher, restart_delay_s
 from medtrain.storage.runs import AttemptEnd, Outcome, RunDirectory
 
 
@@ -24,7 +25,7 @@ class ScriptLauncher(LocalLauncher):
 
 @pytest.fixture
 def launcher(tmp_path: Path) -> ScriptLauncher:
-    return ScriptLauncher(tmp_path / "jobs")
+    return ScriptLauncher(tmp_path / "jobs", restart_delay_s=lambda number: 0.0)
 
 
 def job(tmp_path: Path, script: str, *, key: str = "k" * 32, attempts: int = 1) -> JobSpec:
@@ -88,6 +89,72 @@ def test_only_code_200_is_started_again_and_not_for_ever(tmp_path, launcher) -> 
     with pytest.raises(JobFailed):
         wait(launcher, spec, on_line=lambda _: None, poll_s=0.02)
     assert len((tmp_path / "run-starts").read_text()) == 1
+
+
+FAILING = "import os; open(os.environ['RUN'] + '-starts', 'a').write('x'); raise SystemExit(200)"
+
+
+def wait_for(launcher: LocalLauncher, name: str, reason: str) -> None:
+    while reason not in launcher.status(name).reason:
+        time.sleep(0.02)
+
+
+def test_restarts_are_waited_for_ever_longer_up_to_half_a_minute(tmp_path) -> None:
+    assert [restart_delay_s(number) for number in range(1, 8)] == [2, 4, 8, 16, 30, 30, 30]
+    numbers: list[int] = []
+
+    def no_delay_s(number: int) -> float:
+        numbers.append(number)
+        return 0.0
+
+    launcher = ScriptLauncher(tmp_path / "jobs", restart_delay_s=no_delay_s)
+    spec = job(tmp_path, FAILING, attempts=2)
+    launcher.submit(spec)
+    with pytest.raises(JobFailed):
+        wait(launcher, spec, on_line=lambda _: None, poll_s=0.02)
+    assert numbers == [1, 2, 3, 4]
+
+
+def test_a_job_that_waits_for_its_restart_counts_as_running_until_cancelled(tmp_path) -> None:
+    launcher = ScriptLauncher(tmp_path / "jobs", restart_delay_s=lambda number: 1e9)
+    spec = job(tmp_path, FAILING)
+    launcher.submit(spec)
+    wait_for(launcher, spec.name, "starts again in")
+    assert launcher.status(spec.name).state == "running"
+    launcher.cancel(spec.name)
+    status = launcher.status(spec.name)
+    assert (status.state, status.code) == ("ended", 200)
+    assert (tmp_path / "run-starts").read_text() == "x"
+
+
+def test_a_job_that_was_submitted_again_meanwhile_is_adopted_at_its_restart(tmp_path) -> None:
+    launcher = ScriptLauncher(tmp_path / "jobs", restart_delay_s=lambda number: 0.0)
+    marker = "import os, time; open(os.environ['RUN'] + '-starts', 'a').write('x');"
+    script = f"{marker} time.sleep(30) if os.path.exists('{tmp_path}/again') else exit(200)"
+    spec = job(tmp_path, script)
+    launcher.submit(spec)
+    launcher._children[spec.name].wait()
+    (tmp_path / "again").touch()
+    other = ScriptLauncher(tmp_path / "jobs")
+    other.submit(spec)
+    while len((tmp_path / "run-starts").read_text()) < 2:
+        time.sleep(0.02)
+    wait_for(launcher, spec.name, "started again")
+    assert launcher.status(spec.name).state == "running"
+    assert (tmp_path / "run-starts").read_text() == "xx"
+    launcher.cancel(spec.name)
+    while other.status(spec.name).state == "running":
+        time.sleep(0.02)
+    assert launcher.status(spec.name).state == "ended"
+
+
+def test_several_nodes_are_refused_on_one_machine(tmp_path, launcher) -> None:
+    spec = replace(job(tmp_path, "pass"), nodes=2)
+    with pytest.raises(LaunchError, match=r"is 2\. Set job\.nodes=1 and job\.proc"):
+        launcher.submit(spec)
+    assert launcher.status(spec.name).state == "absent"
+    with pytest.raises(LaunchError, match=r"job\.nodes must be 1"):
+        LocalLauncher(tmp_path).render(spec)
 
 
 def test_a_second_launcher_adopts_the_live_job(tmp_path, launcher) -> None:

@@ -80,7 +80,8 @@ def test_parameters_of_half_precision_are_refused_in_our_words(dtype):
 
 
 def test_fp16_needs_a_gpu_and_bf16_does_not():
-    with pytest.raises(ConfigError, match="precision=fp16 must have a GPU"):
+    # Not a verdict on the run: another machine may have the GPU.
+    with pytest.raises(LaunchError, match="precision=fp16 must have a GPU"):
         check_precision(nn.Linear(2, 2), "fp16", CPU)
     check_precision(nn.Linear(2, 2), "bf16", CPU)
 

@@ -10,8 +10,8 @@ import torch
 from tiny_recipe.config import RECIPE, TinyModel, TinyStage
 from tiny_recipe.runs import make_task
 
-from medtrain.config import ConstantSchedule, Duration, Ema, Optim, ParamGroup
-from medtrain.errors import ConfigError, TrainingDiverged
+from medtrain.config import ConstantSchedule, Duration, Ema, Init, Optim, ParamGroup
+from medtrain.errors import LaunchError, TrainingDiverged
 from medtrain.train.device import Process
 from medtrain.train.learner import Learner, StepReport
 from medtrain.train.task import Batch, Clock, Shard
@@ -100,6 +100,43 @@ def test_every_step_has_the_learning_rate_of_its_schedule(tiny_data):
         norm = driver.step().figures["grad_norm"]
         ratios.append(torch.linalg.vector_norm(driver.weights - before).item() / norm)
     assert ratios == pytest.approx([0.125, 0.25, 0.375], rel=1e-4)
+
+
+TWO = {
+    "encoder": ParamGroup(match=("encoder.*",), lr=None),
+    "head": ParamGroup(match=("head.*",), lr=0.5),
+}
+
+
+def test_drift_is_the_change_since_the_stages_start_and_survives_a_resume(tiny_data):
+    stage = _stage(init=Init(source="pretrained"), optim=Optim(groups=TWO))
+    driver = Driver(stage, tiny_data)
+    assert driver.learner.drift() == {"encoder": 0.0, "head": 0.0}
+    with torch.no_grad():
+        for parameter in driver.model.head.parameters():
+            parameter.mul_(1.25)
+    assert driver.learner.drift() == {"encoder": 0.0, "head": pytest.approx(0.25)}
+
+    resumed = Driver(stage, tiny_data)
+    with torch.no_grad():
+        # Another start: its weights must not be taken for the stage's.
+        for parameter in resumed.model.parameters():
+            parameter.zero_()
+    resumed.learner.load_state_dict(driver.learner.state_dict())
+    assert resumed.learner.drift() == driver.learner.drift()
+
+
+def test_weights_that_never_learn_are_not_kept_for_the_drift(tiny_data):
+    stage = _stage(init=Init(source="pretrained"), optim=Optim(groups=TWO))
+    start = Driver(stage, tiny_data).learner.state_dict()["start"]
+    assert start
+    assert all(name.startswith("head.") for name in start)
+
+
+def test_a_stage_from_scratch_has_no_drift_and_keeps_no_start(tiny_data):
+    learner = Driver(_stage(), tiny_data).learner
+    assert learner.drift() == {}
+    assert learner.state_dict()["start"] is None
 
 
 def _spoiled(batch: Batch) -> Batch:
@@ -192,5 +229,5 @@ def test_activation_checkpointing_changes_nothing_but_memory(tiny_data):
 
 
 def test_fp16_is_refused_on_a_cpu_before_anything_is_built(tiny_data):
-    with pytest.raises(ConfigError, match="precision=fp16 must have a GPU"):
+    with pytest.raises(LaunchError, match="precision=fp16 must have a GPU"):
         Driver(_stage(precision="fp16"), tiny_data)

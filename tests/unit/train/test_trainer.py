@@ -440,6 +440,32 @@ def test_a_stage_starts_from_its_parent_and_then_from_itself(tiny_data, tmp_path
     assert "going on from the run's own state of step 5 (attempt 1)" in caplog.text
 
 
+def test_drift_from_the_parent_is_the_same_after_a_stop(tiny_data, tmp_path):
+    parent = start(make_task(_stage(epochs=1), tiny_data), tmp_path / "parent").weights
+    groups = {"encoder": ENCODER.model_copy(update={"starts_epoch": 2}), "head": HEAD}
+    stage = _stage(epochs=3, init=Init(source="stage", stage="base"), optim=Optim(groups=groups))
+    whole = start(make_task(stage, tiny_data), tmp_path / "whole", parent=parent)
+    expected = {
+        name: [metrics[f"drift_{name}"] for metrics in whole.metrics.values()] for name in groups
+    }
+    assert expected["encoder"][0] == 0.0
+    assert expected["encoder"][1] > 0.0
+    assert 0.0 < expected["head"][0] < expected["head"][2]
+    before, after = (
+        torch.cat([weights[f"head.{name}"].flatten() for name in ("weight", "bias")])
+        for weights in (parent, whole.weights)
+    )
+    norm = torch.linalg.vector_norm
+    assert expected["head"][2] == pytest.approx((norm(after - before) / norm(before)).item())
+
+    task = make_task(stage, tiny_data)
+    task.stop_in_step = 7
+    parts = start(task, tmp_path / "parts", parent=parent).metrics
+    zeros = {name: torch.zeros_like(value) for name, value in parent.items()}
+    parts |= start(make_task(stage, tiny_data), tmp_path / "parts", parent=zeros).metrics
+    assert parts == whole.metrics
+
+
 def test_a_stage_without_its_parents_weights_is_refused(tiny_data, tmp_path):
     stage = _stage(init=Init(source="stage", stage="base"))
     with pytest.raises(ConfigError, match="the weights of stage base"):
@@ -461,13 +487,6 @@ def test_a_parameter_that_no_term_reaches_is_refused_before_the_first_step(tiny_
     with pytest.raises(ConfigError, match=r"aux\.\* \(group all\).*epochs 1 to 3.*starts_epoch=4"):
         start(make_task(stage, tiny_data), tmp_path)
     assert RunDirectory.open(str(tmp_path / "run")).all_pointers() == []
-
-
-def test_names_of_training_states_are_not_for_criteria(tiny_data, tmp_path):
-    criterion = Criterion(metric="val_mae", mode="min")
-    stage = _stage(checkpoint=Checkpoint(criteria={"last": criterion}, monitor="last"))
-    with pytest.raises(ConfigError, match="must not use the name 'last'"):
-        start(make_task(stage, tiny_data), tmp_path)
 
 
 class _Irregular(RunsTask):

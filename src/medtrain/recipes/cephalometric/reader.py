@@ -137,10 +137,6 @@ class _Reader:
     def _note(self, severity: Severity, kind: str, case_id: str, file: str, message: str) -> None:
         self.problems.append(Problem(severity, kind, case_id, file, message))
 
-    #
-    # what is there
-    #
-
     def _find_files(self) -> None:
         elsewhere: list[str] = []
         infos = self.root.list()
@@ -205,10 +201,6 @@ class _Reader:
             self.root.uri,
             f"must hold RawImage/TrainingData/001.bmp and so on, but {found}. Set data.root.",
         )
-
-    #
-    # reading
-    #
 
     def _read_films(self) -> None:
         done = 0
@@ -313,18 +305,16 @@ class _Reader:
                     + (", which data.annotator needs" if reader in self._needed() else ""),
                 )
                 continue
+            folder = PurePosixPath(next(iter(found.values())).info.key).parent if found else ""
             for case_id in sorted(set(self.films) - set(found)) if found else ():
                 self._note(
                     self._severity(reader),
                     "missing_annotation",
                     case_id,
                     self.films[case_id].info.key,
-                    f"has no annotation by {reader}",
+                    f"has no annotation by {reader}: "
+                    f"{folder}/{PurePosixPath(self.films[case_id].info.key).stem}.txt is missing",
                 )
-
-    #
-    # tables beside the films
-    #
 
     def _described(self) -> Mapping[str, Any]:
         """The content of dataset.json."""
@@ -355,7 +345,10 @@ class _Reader:
         header = [cell.strip().lower() for cell in lines[0]] if lines else []
         if not {"image", columns[0]} <= set(header):
             return self._bad_table(
-                info.key, f"must have the columns image, {columns[0]}, but has {', '.join(header)}"
+                info.key,
+                # What stands there instead may be a line of data: it is not repeated.
+                f"must begin with a line that names the columns image, {columns[0]}, but lacks "
+                + ", ".join(sorted({"image", columns[0]} - set(header))),
             )
         table: dict[str, dict[str, str]] = {}
         for cells in lines[1:]:
@@ -374,15 +367,11 @@ class _Reader:
         self._note("error", "bad_table", "", file, message)
         return {}
 
-    #
-    # cases
-    #
-
     def _groups(self, patients: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
         """Case id → group: patients where they are known; equal films are always one group."""
         labels = {case_id: f"case-{case_id}" for case_id in self.films}
         labels |= {
-            case_id: f"patient-{row['patient']}"
+            case_id: _patient_group(row["patient"])
             for case_id, row in patients.items()
             if case_id in labels and "patient" in row
         }
@@ -448,17 +437,14 @@ class _Reader:
             },
         )
 
-    #
-    # the set as a whole
-    #
-
     def _check_pixel_sizes(self) -> None:
+        description = self.tables.get("dataset.json")
         for (width, height), count in self.unscaled.items():
             self._note(
                 "error",
                 "no_pixel_size",
                 "",
-                self.root.uri,
+                description.key if description else self.root.uri,
                 f"nothing says the pixel size of {count} films of {width} x {height}. "
                 "Set data.mm_per_pixel.",
             )
@@ -529,6 +515,11 @@ def shortage(cases: Sequence[Case], protocol: str) -> str | None:
             f"but {len(groups)} can be used"
         )
     return None
+
+
+def _patient_group(patient: str) -> str:
+    """The group of a patient's films, which goes where the patient's identifier must not go."""
+    return f"patient-{hashlib.sha256(patient.encode()).hexdigest()[:12]}"
 
 
 def _case_id(key: str) -> str:

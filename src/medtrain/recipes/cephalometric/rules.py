@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, cast
 
@@ -12,6 +13,10 @@ from medtrain.recipes.recipe import Facts, Rule
 if TYPE_CHECKING:
     from medtrain.recipes.cephalometric.config import CephalometricStage
 
+_FARTHEST_DEFINITION_MM = 3.0
+"""Landmark 16 is the same point of two sets whose mean offsets from landmark 7 differ by less."""
+_FEWEST_FILMS = 30
+"""The mean offset of fewer films may be as far off by chance: offsets of films spread by 5 mm."""
 _EARLIER = {"transformer": "baseline", "multitask": "transformer"}
 _ISBI_FILM = (1935, 2400)
 """Width and height of an ISBI 2015 film in pixels of 0.1 mm."""
@@ -184,6 +189,54 @@ def _cold_start(stage: StageConfig, facts: Facts) -> str | None:
     )
 
 
+def _has_landmark_16(stage: StageConfig) -> bool:
+    return _of(stage).data.landmarks == "isbi19"
+
+
+def _two_definitions(stage: StageConfig, facts: Facts) -> str | None:
+    annotator = _of(stage).data.annotator
+    num_films = facts.get("subsets", {})
+    offsets = {
+        subset: offset
+        for subset, offset in _offsets_of(annotator, facts["landmark_16_from_7_mm"]).items()
+        if num_films.get(subset, _FEWEST_FILMS) >= _FEWEST_FILMS
+    }
+    learned = offsets.pop("train", None)
+    if learned is None:
+        return None
+    apart = {subset: math.dist(learned, offset) for subset, offset in offsets.items()}
+    moved = [
+        f"{_millimeters(offsets[subset])} in {subset}, {distance:.1f} mm away"
+        for subset, distance in sorted(apart.items())
+        if distance > _FARTHEST_DEFINITION_MM
+    ]
+    if not moved:
+        return None
+    return (
+        f"landmark 16 is not the same point in training and test films by "
+        f"data.annotator={annotator}: its mean offset from landmark 7 is {_millimeters(learned)} "
+        f"in train, but {' and '.join(moved)}. A model cannot be right in both. Read MRE, SD and "
+        "SDR without landmark 16, which stand beside those with it (…_without_l16)."
+    )
+
+
+def _offsets_of(
+    annotator: str, offsets: Mapping[str, Sequence[float]]
+) -> dict[str, tuple[float, float]]:
+    """Subset → mean offset of what the annotator marks; subsets without it are absent."""
+    readers = ("junior", "senior") if annotator == "mean" else (annotator,)
+    found = {}
+    for subset in {name.rpartition("_")[0] for name in offsets}:
+        if all(f"{subset}_{reader}" in offsets for reader in readers):
+            x, y = zip(*(offsets[f"{subset}_{reader}"] for reader in readers), strict=True)
+            found[subset] = (sum(x) / len(x), sum(y) / len(y))
+    return found
+
+
+def _millimeters(offset: tuple[float, float]) -> str:
+    return f"({offset[0]:.1f}, {offset[1]:.1f}) mm"
+
+
 RULES: tuple[Rule, ...] = (
     Rule("D-M01", "warning", "normalisation of the pretrained encoder", _normalisation),
     Rule("D-M02", "warning", "loss terms of different size", _unequal_terms),
@@ -202,5 +255,14 @@ RULES: tuple[Rule, ...] = (
     Rule("D-M07", "info", "comparison with the literature", _other_protocol),
     Rule("D-M10", "warning", "landmarks pushed out of the film", _landmarks_leave),
     Rule("D-M11", "error", "stage without the stage before it", _cold_start),
+    Rule(
+        "D-M12",
+        "warning",
+        "two definitions of landmark 16",
+        _two_definitions,
+        needs=("landmark_16_from_7_mm",),
+        supplied_by="medtrain data check cephalometric data.root=…",
+        applies=_has_landmark_16,
+    ),
     Rule("D-G15", "error", "pretrained weights of another network", _foreign_weights),
 )
