@@ -190,5 +190,5 @@ def test_no_configuration_is_too_strange_to_be_examined(
             f"ema.decay={decay}",
         ],
     )
-    facts = {"num_train_cases": cases, "num_parameters": 10**7}
+    facts = {"num_train_cases": cases, "num_parameters": 10**7, "landmark_16_from_7_mm": {}}
     assert not examine(resolution, facts).not_evaluated
