@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml setup.py $(CONSTRAINTS)
 	@touch $@
 
 demo: setup ## train, judge and register on synthetic films in minutes; DATA=folder for real ones
-	$(BIN)/medtrain demo $(if $(DATA),--data $(DATA))
+	$(BIN)/medtrain demo $(if $(DATA),--data "$(DATA)")
 
 test: setup ## what every change must pass: no root, no Docker, no GPU
 	$(PYTEST) -n $(TEST_PROCESSES) --dist loadfile -m "not slow and not docker and not cluster and not gpu"

@@ -25,7 +25,8 @@ from medtrain.recipes import Resolution, find, part, resolve
 from medtrain.recipes.recipe import RecipeName
 from medtrain.settings import settings
 from medtrain.storage.runs import Outcome, RunDirectory
-from medtrain.storage.uri import Store, join_uri, open_store
+from medtrain.storage.stores import open_store
+from medtrain.storage.uri import Store, join_uri
 from medtrain.storage.weights import FoundWeights, find_weights
 
 LOCATION = "location.json"

@@ -16,7 +16,7 @@ from medtrain.recipes.cephalometric.synthetic import synthesize
 from medtrain.recipes.cephalometric.task import build_task
 from medtrain.storage.metrics import read_metrics
 from medtrain.storage.runs import RunDirectory
-from medtrain.storage.uri import open_store
+from medtrain.storage.stores import open_store
 from medtrain.train.task import Clock, Shard, TaskContext
 
 SMOKE = "cephalometric/smoke"

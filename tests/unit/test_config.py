@@ -164,6 +164,11 @@ class TestForm:
         with pytest.raises(ValidationError, match="at least 1 item"):
             ParamGroup(match=(), lr=1.0)
 
+    @pytest.mark.parametrize("name", ["last", "previous", "step_7"])
+    def test_names_of_training_states_are_not_for_criteria(self, name: str) -> None:
+        with pytest.raises(ValidationError, match="must not be called last, previous or step"):
+            Checkpoint(criteria={name: Criterion(metric="val_loss", mode="min")}, monitor=name)
+
     def test_the_monitor_is_a_criterion(self) -> None:
         with pytest.raises(ValidationError, match="must be one of the criteria"):
             Checkpoint(criteria={"best": Criterion(metric="val_loss", mode="min")}, monitor="other")

@@ -35,13 +35,13 @@ from medtrain.registry import (
 from medtrain.registry.gate import Contender, GateVerdict, decide, groups_of
 from medtrain.settings import settings
 from medtrain.storage.runs import Outcome, RunDirectory
+from medtrain.storage.stores import open_store
 from medtrain.storage.tracking import (
     artifact_root,
     ensure_experiment,
     ensure_run,
     open_client,
 )
-from medtrain.storage.uri import open_store
 
 # MLflow builds its tables in a way that SQLAlchemy 2.1 wants to give up.
 pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")

@@ -87,7 +87,7 @@ def check(name: Name, overrides: Overrides = None) -> None:
       medtrain data check cephalometric data.root=s3://films/isbi data.annotator=senior
     """
     from medtrain.data.prepare import root_uri
-    from medtrain.storage.uri import open_store
+    from medtrain.storage.stores import open_store
 
     console = _console()
     _, module, data = _resolved(name, overrides)
@@ -129,7 +129,7 @@ def split(
 
     from medtrain.data.prepare import dataset_home, prepare, preview, root_uri
     from medtrain.settings import settings
-    from medtrain.storage.uri import open_store
+    from medtrain.storage.stores import open_store
 
     console = _console()
     system, module, data = _resolved(name, overrides)

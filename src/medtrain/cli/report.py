@@ -53,7 +53,7 @@ def _local_copy(where: str) -> Path:
         return Path(where)
     import tempfile
 
-    from medtrain.storage.uri import open_store
+    from medtrain.storage.stores import open_store
 
     folder, _, name = where.rpartition("/")
     path = Path(tempfile.mkdtemp(prefix="medtrain-report-")) / name

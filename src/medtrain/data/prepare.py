@@ -16,7 +16,8 @@ from medtrain.data.cache import HashCache, local_path
 from medtrain.data.manifest import Case, Manifest, Scan, problem_table
 from medtrain.data.splits import Membership, SplitRow, count_roles, is_trainable
 from medtrain.errors import ConfigError, DataError
-from medtrain.storage.uri import Store, join_uri, open_store
+from medtrain.storage.stores import open_store
+from medtrain.storage.uri import Store, join_uri
 
 SPLIT_SEED = 42
 """Of every first drawing: membership depends on the data set, not on who trains first."""

@@ -27,7 +27,7 @@ from medtrain.errors import RegistryError
 from medtrain.registry.gate import Contender
 from medtrain.registry.package import CONTENT, SUMS, Package, parse_details, verify_package
 from medtrain.storage.runs import Outcome, RunDirectory
-from medtrain.storage.uri import open_store
+from medtrain.storage.stores import open_store
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def decide(
         )
     reached = f"{gate.metric} is {value:.6g} on {where}: {gate} is reached"
     if champion is None:
-        return verdict(accepted=True, reason=f"{reached}; there is no champion to beat")
+        return verdict(accepted=True, reason=f"{reached}; there is no other champion")
     if champion.is_synthetic != challenger.is_synthetic:
         # A demonstration must neither keep a model of real data out nor take its place.
         kinds = "SYNTHETIC", "real"

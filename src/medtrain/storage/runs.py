@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from medtrain.errors import CheckpointError, ObjectDamaged, ObjectMissing
-from medtrain.storage.uri import Store, open_store, sha256_of
+from medtrain.storage.stores import open_store
+from medtrain.storage.uri import Store, sha256_of
 
 T = TypeVar("T")
 

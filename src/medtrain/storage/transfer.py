@@ -12,7 +12,8 @@ from pathlib import Path
 
 from medtrain.errors import ObjectMissing, StorageError
 from medtrain.storage.files import COMPUTABLE, checksum_of, kind_of
-from medtrain.storage.uri import Store, check_key, open_store
+from medtrain.storage.stores import open_store
+from medtrain.storage.uri import Store, check_key
 
 Progress = Callable[[int, int], None]
 """Told (files done, files in all), by the thread that called."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from medtrain.errors import ConfigError, StorageError
+from medtrain.errors import StorageError
 from medtrain.storage.files import sha256_of as sha256_of
 
 
@@ -85,39 +85,6 @@ class Store(Protocol):
     def child(self, prefix: str) -> Store:
         """The store whose root is `prefix` of this one."""
         ...
-
-
-def open_store(uri: str) -> Store:
-    """The store at `uri`: a folder (which need not exist yet), `s3://…` or `gs://…`."""
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        if not uri:
-            raise ConfigError(
-                "storage URI must be a folder, s3://bucket/prefix or gs://bucket/prefix, "
-                "but is empty"
-            )
-        from medtrain.storage.local import LocalStore
-
-        return LocalStore(uri)
-    if scheme not in ("s3", "gs") or not rest.strip("/"):
-        raise ConfigError(
-            f"storage URI must be a folder, s3://bucket/prefix or gs://bucket/prefix, "
-            f"but is '{uri}'"
-        )
-    try:
-        if scheme == "s3":
-            from medtrain.storage.s3 import S3Store
-
-            return S3Store(uri)
-        from medtrain.storage.gcs import GCSStore
-
-        return GCSStore(uri)
-    except ModuleNotFoundError as error:
-        package = {"s3": "boto3", "gs": "google-cloud-storage"}[scheme]
-        raise StorageError(
-            f"{uri} needs the package {package}, which is not installed. "
-            "Run: pip install 'medtrain[platform]'."
-        ) from error
 
 
 def join_uri(uri: str, *parts: str) -> str:

@@ -12,8 +12,9 @@ from filelock import FileLock
 from medtrain.config import Weights
 from medtrain.errors import ConfigError, ObjectMissing, StorageError
 from medtrain.storage.files import sha256_of
+from medtrain.storage.stores import open_store
 from medtrain.storage.transfer import download_files
-from medtrain.storage.uri import ObjectInfo, Store, check_key, join_uri, open_store
+from medtrain.storage.uri import ObjectInfo, Store, check_key, join_uri
 
 MODEL_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt")
 """A folder without a file that ends so holds no weights."""

@@ -42,7 +42,7 @@ from medtrain.storage.runs import (
     Pointer,
     RunDirectory,
 )
-from medtrain.storage.uri import open_store
+from medtrain.storage.stores import open_store
 from medtrain.worker.stop import STOP, STOP_SIGNALS, StopRequested
 
 log = logging.getLogger("medtrain.worker")

@@ -42,7 +42,7 @@ from medtrain.recipes.cephalometric.films import (
 )
 from medtrain.recipes.cephalometric.synthetic import film_numbers
 from medtrain.storage.local import LocalStore
-from medtrain.storage.uri import open_store
+from medtrain.storage.stores import open_store
 
 
 def scanned(folder: Path, **data: Any) -> Scan:

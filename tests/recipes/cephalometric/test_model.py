@@ -254,5 +254,5 @@ def test_unfit_encoders_are_named(name, words):
 
 
 def test_a_width_without_position_code_is_refused():
-    with pytest.raises(ConfigError, match="multiple of 4"):
-        _on_meta(_changed(transformer=Transformer(dim=10, heads=2, layers=1)))
+    with pytest.raises(ValueError, match="multiple of 4"):
+        Transformer(dim=10, heads=2, layers=1)

@@ -16,7 +16,7 @@ from medtrain.data.cases import Row
 from medtrain.data.splits import SplitRow
 from medtrain.errors import TrainingDiverged
 from medtrain.storage.runs import RunDirectory
-from medtrain.storage.uri import open_store
+from medtrain.storage.stores import open_store
 from medtrain.train.checkpoint import Checkpoints
 from medtrain.train.device import Process, start_process_group, stop_process_group
 from medtrain.train.pretrained import MatchReport

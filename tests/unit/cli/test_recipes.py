@@ -125,7 +125,8 @@ class TestDoctor:
         lacking = "not evaluated: D-X07 (no fact num_parameters): run `medtrain doctor"
         assert lacking in call("doctor", NAME).output
         path = tmp_path / "facts.json"
-        path.write_text(json.dumps({"num_parameters": 10**9, "num_train_cases": 100}))
+        facts = {"num_parameters": 10**9, "num_train_cases": 100, "landmark_16_from_7_mm": {}}
+        path.write_text(json.dumps(facts))
         output = call("doctor", NAME, "--facts", str(path)).output
         assert "not evaluated" not in output
         assert "D-X07 warning: 1,000,000,000 parameters" in output
@@ -140,6 +141,7 @@ class TestDoctor:
         assert {missing["fact"] for missing in answer["not_evaluated"]} == {
             "num_parameters",
             "num_train_cases",
+            "landmark_16_from_7_mm",
         }
 
     def test_a_saved_configuration_is_examined(self, tmp_path: Path) -> None:

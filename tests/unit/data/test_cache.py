@@ -14,7 +14,8 @@ from medtrain.data.cache import HashCache, NodeCache
 from medtrain.errors import DataError, StorageError, is_verdict
 from medtrain.storage.files import checksum_of
 from medtrain.storage.local import LocalStore
-from medtrain.storage.uri import ObjectInfo, open_store
+from medtrain.storage.stores import open_store
+from medtrain.storage.uri import ObjectInfo
 
 
 class Bucket(LocalStore):

@@ -22,7 +22,8 @@ from medtrain.data.prepare import (
 from medtrain.data.splits import Membership, SplitRow, assign_roles
 from medtrain.errors import ConfigError, DataError
 from medtrain.storage.local import LocalStore
-from medtrain.storage.uri import ObjectInfo, Store, open_store
+from medtrain.storage.stores import open_store
+from medtrain.storage.uri import ObjectInfo, Store
 
 
 @dataclass

@@ -29,7 +29,8 @@ from medtrain.data.splits import (
 )
 from medtrain.errors import ConfigError, DataError
 from medtrain.storage.local import LocalStore
-from medtrain.storage.uri import Store, open_store
+from medtrain.storage.stores import open_store
+from medtrain.storage.uri import Store
 
 
 def case(number: int, group: str | None = None, *, content: str = "x") -> Case:

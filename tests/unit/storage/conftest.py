@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from medtrain.storage.uri import Store, open_store
+from medtrain.storage.stores import open_store
+from medtrain.storage.uri import Store
 
 BUCKET = "medtrain-test"
 

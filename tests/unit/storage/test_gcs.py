@@ -14,7 +14,8 @@ import pytest
 
 from medtrain.errors import ObjectDamaged, ObjectMissing, StorageError
 from medtrain.storage import download
-from medtrain.storage.uri import Store, open_store
+from medtrain.storage.stores import open_store
+from medtrain.storage.uri import Store
 
 
 @pytest.fixture(autouse=True)

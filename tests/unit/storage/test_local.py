@@ -10,7 +10,7 @@ import pytest
 
 from medtrain.errors import StorageError
 from medtrain.storage.local import LocalStore
-from medtrain.storage.uri import open_store
+from medtrain.storage.stores import open_store
 
 
 def test_the_folder_need_not_exist_until_something_is_written(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from botocore.config import Config
 
 from medtrain.errors import ObjectDamaged, ObjectMissing, StorageError
 from medtrain.storage import download, s3
-from medtrain.storage.uri import Store, open_store
+from medtrain.storage.stores import open_store
+from medtrain.storage.uri import Store
 
 BUCKET = "medtrain-test"
 

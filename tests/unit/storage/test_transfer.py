@@ -10,8 +10,9 @@ import pytest
 
 from medtrain.errors import ObjectMissing, StorageError
 from medtrain.storage import transfer
+from medtrain.storage.stores import open_store
 from medtrain.storage.transfer import download_files, download_tree, upload_tree
-from medtrain.storage.uri import Store, open_store
+from medtrain.storage.uri import Store
 
 NAMES = ["a.txt", "b/c.txt", "b/d e+f%.txt", "ü/g.txt"]
 

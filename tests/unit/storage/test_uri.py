@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from medtrain.errors import ConfigError, ObjectDamaged, ObjectMissing, StorageError
+from medtrain.storage.stores import open_store
 from medtrain.storage.uri import (
     ObjectInfo,
     Store,
     join_uri,
-    open_store,
     sha256_of,
 )
 

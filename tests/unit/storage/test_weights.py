@@ -14,7 +14,7 @@ import pytest
 from medtrain.config import Weights
 from medtrain.errors import ConfigError, StorageError
 from medtrain.storage import weights as module
-from medtrain.storage.uri import open_store
+from medtrain.storage.stores import open_store
 from medtrain.storage.weights import FoundWeights, find_weights
 
 HUB_ID = "timm/tiny.test"

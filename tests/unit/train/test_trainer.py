@@ -87,10 +87,6 @@ def _read(folder: Path, name: str) -> State:
     return found.state
 
 
-# ----------------------------------------------------------------------------------------------
-# going on
-
-
 @pytest.fixture(scope="module")
 def whole_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("whole")
@@ -216,10 +212,6 @@ def test_what_a_sampler_has_learned_is_kept_over_epochs_and_starts(tiny_data, tm
     assert start(task, tmp_path).trainer.state_dict()["sampler"] == {"num_epochs": 5}
 
 
-# ----------------------------------------------------------------------------------------------
-# what a step is
-
-
 def test_accumulation_equals_a_big_batch(tiny_data, tmp_path):
     results = []
     for micro in (8, 2):
@@ -310,10 +302,6 @@ def test_bf16_trains_on_a_cpu(tiny_data, tmp_path):
     assert all(value.dtype != torch.bfloat16 for value in attempt.weights.values())
     losses = [metrics["train_loss"] for metrics in attempt.metrics.values()]
     assert losses[1] < losses[0]
-
-
-# ----------------------------------------------------------------------------------------------
-# judging and keeping
 
 
 def test_an_epochs_metrics_say_how_it_learned(tiny_data, tmp_path):
@@ -418,10 +406,6 @@ def test_a_monitor_that_never_has_a_value_is_said_each_time_and_fails_the_stage(
     assert "gives val_loss, val_loss_value" in warnings[0]
 
 
-# ----------------------------------------------------------------------------------------------
-# beginning
-
-
 def test_a_stage_starts_from_its_parent_and_then_from_itself(tiny_data, tmp_path, caplog):
     parent = start(make_task(_stage(epochs=1), tiny_data), tmp_path / "parent").weights
     stage = _stage(
@@ -507,10 +491,6 @@ def test_an_epoch_of_another_length_is_refused(tiny_data, tmp_path, second, said
     task.second = second
     with pytest.raises(DataError, match=f"10 batches in every epoch, but {said}"):
         start(task, tmp_path)
-
-
-# ----------------------------------------------------------------------------------------------
-# several processes
 
 
 @pytest.fixture(scope="module")

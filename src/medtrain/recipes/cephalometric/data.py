@@ -152,10 +152,6 @@ def case_from_file(path: Path, data: CephalometricData) -> Case:
     )
 
 
-# ----------------------------------------------------------------------------------------------
-# protocols
-
-
 def assign(
     cases: Sequence[Case],
     data: CephalometricData,

@@ -139,11 +139,6 @@ class TransformerBottleneck(nn.Module):
 
     def __init__(self, channels: int, config: Transformer, *, dropout: float) -> None:
         super().__init__()
-        if config.dim % 4:
-            raise ConfigError(
-                f"model.transformer.dim must be a multiple of 4 for the position code, "
-                f"but is {config.dim}."
-            )
         self.embed = nn.Conv2d(channels, config.dim, 1)
         # A list of our own: nn.TransformerEncoder copies one layer, so all would start equal.
         self.layers = nn.ModuleList(

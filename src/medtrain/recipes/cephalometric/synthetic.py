@@ -129,10 +129,6 @@ def _draw_shape(*, size: tuple[int, int], rng: np.random.Generator) -> _Shape:
         )  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------
-# drawing
-
-
 _Stop = int | tuple[float, float]
 """A point of a curve: a landmark by number, or a place on the template."""
 
@@ -407,10 +403,6 @@ def draw_film(
     film = Image.fromarray(np.clip(np.asarray(film) + grain, 0, 255).round().astype(np.uint8))
     _label(film)
     return film
-
-
-# ----------------------------------------------------------------------------------------------
-# the data set
 
 
 def synthesize(
