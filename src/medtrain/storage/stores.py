@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from medtrain.errors import ConfigError, StorageError
+from medtrain.storage.local import LocalStore
 from medtrain.storage.uri import Store
 
 
