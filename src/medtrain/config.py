@@ -282,7 +282,7 @@ class Batch(Section):
             advice = (
                 f"Set batch.micro to one of {allowed}, or another batch.global."
                 if allowed
-                else f"Set batch.global to a multiple of {world_size}."
+                else f"Set batch.global to a multiple of {per_pass}."
             )
             raise ConfigError(
                 f"batch.global={self.global_} must be a whole multiple of batch.micro={self.micro} "

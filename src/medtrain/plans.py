@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -190,12 +191,15 @@ def plan_prepare(name: str, overrides: Sequence[str] = (), *, again: int = 0) ->
             f"data.root must name the folder or URI of the raw data, but is empty. Add "
             f"data.root=FOLDER, or write synthetic data: medtrain data synth {recipe.system} FOLDER"
         )
+    root = open_store(stage.data.root)
+    if "://" not in root.uri and not Path(root.uri).is_dir():
+        raise ConfigError(f"data.root={stage.data.root} must be a folder, but there is none")
     code = code_fingerprint(recipe.package, judges=False)
     key = run_key(
         verb="prepare",
         config={"data": identity_of_data(stage.data), "home": dataset_name(stage.data)},
         parents=(),
-        data=listing_fingerprint(open_store(stage.data.root), cache=settings().cache),
+        data=listing_fingerprint(root, cache=settings().cache),
         weights={},
         code=code,
         again=again,
@@ -324,6 +328,11 @@ def key_of(run_uri: str) -> str:
 def _parent(resolution: Resolution, parent_uri: str) -> RunDirectory | None:
     init = resolution.stage.init
     if init.source != "stage":
+        if parent_uri:
+            raise ConfigError(
+                f"{resolution.name} starts from no other stage (init.from={init.source}): "
+                "leave --parent out"
+            )
         return None
     if not parent_uri:
         raise ConfigError(

@@ -42,8 +42,20 @@ app.add_typer(models.app, name="models")
 _verbose = False
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from medtrain import __version__
+
+        typer.echo(f"medtrain {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("-v", "--verbose", help="Show the trace of an error.")
     ] = False,
@@ -62,6 +74,11 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2 if isinstance(error, ConfigError) else 1)
+    except OSError as error:
+        if _verbose:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write(
             "interrupted: what was finished is kept; the same command goes on from there\n"

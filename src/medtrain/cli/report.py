@@ -40,6 +40,9 @@ def report(
     if output is None:
         where = write_report(run)
     else:
+        if output.is_dir():
+            raise ConfigError(f"--output must be a file, but {output} is a folder")
+        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(render_report(run), encoding="utf-8")
         where = str(output.absolute())
     typer.echo(where)

@@ -124,6 +124,12 @@ def evaluate(
     if facts is None:
         raise ConfigError(f"{run} must be the run directory of a trained stage, but is none")
     data_uri = facts["data_uri"]
+    foreign = [text for text in overrides or [] if not text.startswith("data.")]
+    if foreign:
+        raise ConfigError(
+            f"only data.… may be given to choose another data set, but not {', '.join(foreign)}: "
+            "the model's own values stand in its run"
+        )
     if overrides:
         data_uri = prepare_cases(facts["name"].partition(":")[0], overrides).uri
     result = run_evaluation(trained.uri, data_uri=data_uri)
@@ -158,10 +164,16 @@ def _run_chain(
     allow: list[str],
 ) -> None:
     """Run the stages before the named one where they are not finished, then it."""
-    from medtrain.flow import run_prepare, run_stage, say
-    from medtrain.recipes import chain, find
+    from medtrain.flow import prepare_cases, run_stage, say
+    from medtrain.overrides import for_stage
+    from medtrain.recipes import chain, find, resolve
 
-    recipe_name, _ = find(name)
+    recipe_name, recipe = find(name)
+    stages = tuple(recipe.stages(recipe_name.variant))
+    for text in overrides:
+        if not for_stage([text], recipe_name.stage or "", stages=stages):
+            raise ConfigError(f"'{text}' is for another stage than {recipe_name.stage}")
+    resolution = resolve(recipe_name, for_stage(overrides, recipe_name.stage or "", stages=stages))
     system = f"{recipe_name.system}/{recipe_name.variant}"
     *earlier, stage = chain(recipe_name)
     # An earlier stage is the recipe's own, on the same data: other values are the named stage's.
@@ -170,7 +182,7 @@ def _run_chain(
         for text in [*overlaid, *overrides]
         if text.startswith(("data.", "job.")) and not text.startswith("data.augmentation.")
     ]
-    data_uri = data_uri or run_prepare(system, shared, allow=allow).uri
+    data_uri = data_uri or prepare_cases(system, shared).uri
     for earlier_stage in [] if parent_uri else earlier:
         say(f"{system}:{earlier_stage} comes first")
         result = run_stage(
@@ -190,9 +202,13 @@ def _run_chain(
         allow=allow,
         is_retry=retry,
     )
-    for metric, value in sorted(result.outcome.metrics.items()):
-        say(f"{metric}={value:.6g}")
+    for kept, criterion in resolution.stage.checkpoint.criteria.items():
+        value = result.outcome.metrics.get(criterion.metric)
+        if value is not None:
+            say(f"{criterion.metric}={value:.6g} ({kept})")
     say(f"{system}:{stage} is done: {result.uri}")
+    say(f"Now: medtrain report {result.uri}")
+    say(f"     medtrain evaluate {result.uri}    (a look at the sealed test, counted)")
 
 
 def compile_pipeline(

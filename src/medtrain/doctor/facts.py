@@ -44,7 +44,7 @@ def _wanted(name: str) -> str:
         return _FLAG
     if name in ("num_train_cases", "num_parameters", "num_trainable_parameters"):
         return _COUNT
-    if name.endswith("_size"):
+    if name == "film_size":
         return _SIZE
     return _LENGTH if name == "mm_per_pixel" else ""
 

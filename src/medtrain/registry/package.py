@@ -151,7 +151,15 @@ def verify_package(folder: Path) -> Package:
             should be.
     """
     if not folder.is_dir():
-        raise RegistryError(f"{folder} must be a folder with a model package, but is none")
+        raise RegistryError(
+            f"{folder} must be the folder of a pulled model, but is none. Get one: "
+            "medtrain models pull NAME@candidate FOLDER"
+        )
+    if not (folder / SUMS).exists():
+        raise RegistryError(
+            f"{folder} must be the folder of a pulled model, but has no {SUMS}. Get one: "
+            "medtrain models pull NAME@candidate FOLDER"
+        )
     _check_names(folder)
     for name, expected in _read_sums(folder).items():
         actual = sha256_of(folder / name)

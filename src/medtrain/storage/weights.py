@@ -86,8 +86,9 @@ def find_weights(
     raise ConfigError(
         f"pretrained weights must be found, but there are none for {wanted}"
         + (f"; tried: {'; '.join(tried)}" if tried else "")
-        + ". Name a copy with weights.file, put one into MEDTRAIN_WEIGHTS_ROOT/<hub id>, set "
-        "job.allow_network=true, or allow a random start with weights.allow_random_init=true."
+        + ". Name a copy by the `file` of these weights (such as model.encoder.weights.file=…), "
+        "put one into MEDTRAIN_WEIGHTS_ROOT/<hub id>, set job.allow_network=true, or allow a "
+        "random start by their `allow_random_init` (…weights.allow_random_init=true)."
     )
 
 
