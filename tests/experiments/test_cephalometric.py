@@ -96,6 +96,21 @@ def test_eight_films_are_learned_by_heart(tmp_path: Path, record: Callable[..., 
     assert passed, measured
 
 
+# Figures of runs beside the experiment keep the commit at which they were measured.
+HANDOVER_NOTE = (
+    "The criterion was changed after it had failed. As first stated, for `smoke` as it is, the "
+    "bound of 1.05 fails with three of four seeds: with 42 (the default, here), 0, 1 and 2 the "
+    "ratio was 1.150, 1.144, 1.045 and 1.242 at commit 3f513ff. What decides it is the learning "
+    "rate of `smoke`, 1e-3 for every part, which is 10 to 100 times the document's (1e-5 for the "
+    "encoder, 1e-4 for the rest) because `smoke` starts from random weights. With seed 0 the ratio "
+    "was 1.001 at rate 0, 1.019 at the document's rates, 1.023 at 1e-4 for all, and at 1e-3 still "
+    "1.103 with the augmentation of stage 1 and 1.148 without SSIM. At the document's rates, one "
+    "figure a seed as above: 1.042, 1.019, 1.005, 1.002; the seeds 1 and 2 were run after the "
+    "change. Validation has 11 films only. The document's thawing by epochs and its warm-up of "
+    "five epochs were not used."
+)
+
+
 @pytest.mark.slow
 def test_stages_go_on_where_the_one_before_ended(
     data_uri: str, record: Callable[..., None]
@@ -113,7 +128,7 @@ def test_stages_go_on_where_the_one_before_ended(
 
     best = min(val_mre_mm(baseline))
     still = val_mre_mm(second(*at_rates(0.0, 0.0)))[0] / best
-    # What the training document says; `smoke` itself trains everything with 1e-3.
+    # The training document's, without its thawing; `smoke` itself trains everything with 1e-3.
     at_document_rates = val_mre_mm(second(*at_rates(1e-5, 1e-4)))[0] / best
     transformer = second()
     errors = val_mre_mm(transformer)
@@ -136,15 +151,12 @@ def test_stages_go_on_where_the_one_before_ended(
     record(
         "E09",
         title="the three stages of `smoke` on 64 films, 12 epochs each",
-        criterion="at the document's learning rates, val MRE after the first epoch of stage 2 "
-        "<= 1.05 x the best of stage 1; stage 3 finishes; every stage improves the best val MRE",
+        criterion="changed, see the note: at the document's base learning rates, val MRE after the "
+        "first epoch of stage 2 <= 1.05 x the best of stage 1; stage 3 finishes; every stage "
+        "improves the best val MRE",
         measured=measured,
         passed=passed,
-        note="The bound of 1.05 was first meant for `smoke` as it is. It does not hold there, and "
-        "the learning rate is why: `smoke` trains every part with 1e-3, 10 to 100 times the "
-        "document's rates, to get anywhere in 12 epochs from random weights, and that disturbs "
-        "what stage 1 ended with at a decayed rate. With the rate at 0 the ratio is 1 up to the "
-        "statistics of normalization: nothing is lost in the hand-over.",
+        note=HANDOVER_NOTE,
     )
     assert passed, measured
 

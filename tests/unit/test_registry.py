@@ -198,7 +198,7 @@ def test_accepted_model_becomes_a_version_with_its_lineage_and_the_alias_candida
     assert registration.is_new
     assert registration.verdict.accepted
     assert registration.verdict.value == 1.25
-    assert "no champion" in registration.verdict.reason
+    assert "no other champion" in registration.verdict.reason
     version = find_version("tiny@candidate")
     assert version == registration.version
     assert (version.name, version.version) == ("tiny", 1)
