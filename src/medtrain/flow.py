@@ -7,7 +7,6 @@ same run key; a run that is finished answers at once, a half finished one goes o
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from medtrain.data.prepare import root_uri
 from medtrain.doctor.examine import blocking, check_allowed, examine
 from medtrain.errors import ConfigError, JobFailed, MedTrainError
 from medtrain.launch.job import build_job
-from medtrain.launch.launcher import Launcher, wait
+from medtrain.launch.launcher import METRIC_LINE, Launcher, wait
 from medtrain.launch.local import LocalLauncher
 from medtrain.overrides import for_stage
 from medtrain.plans import (
@@ -96,8 +95,6 @@ class MetricSink(Protocol):
 class EpochLines:
     """Turns a job's `name=value` lines into one line an epoch, and passes on all others."""
 
-    _METRIC = re.compile(r"(?P<name>[a-z0-9_]+)=(?P<value>[-+.e0-9]+)")
-
     def __init__(self, stage: StageConfig, tell: Callable[[str], None]) -> None:
         self._stage = stage
         self._tell = tell
@@ -105,7 +102,7 @@ class EpochLines:
 
     def __call__(self, line: str) -> None:
         """Take one line of the job's log."""
-        metric = self._METRIC.fullmatch(line)
+        metric = METRIC_LINE.fullmatch(line)
         if metric is None:
             self._tell(line)
             return
@@ -148,10 +145,15 @@ def execute(plan: Plan, *, on_line: Callable[[str], None] = say) -> RunResult:
         return RunResult(run.uri, plan.key, outcome, was_finished=True)
     if outcome is not None and outcome.state != "done":
         if stands(outcome, plan.stage.job):
+            why = (
+                "and the same inputs cannot end otherwise"
+                if outcome.state == "failed"
+                else "and is not tried again by itself"
+            )
             raise JobFailed(
-                f"{plan.name} {outcome.state.replace('_', ' ')} before, and the same inputs cannot "
-                f"end otherwise: {outcome.reason}\n"
-                "To go on from its checkpoint use --retry; to begin anew use --again."
+                f"{plan.name} {outcome.state.replace('_', ' ')} before, {why}: {outcome.reason}\n"
+                "Once the cause is mended, --retry goes on from its checkpoint and --again begins "
+                "anew."
             )
         on_line(f"it {outcome.state.replace('_', ' ')} before with other resources: going on")
         run.retract_verdict()
@@ -168,12 +170,12 @@ def execute(plan: Plan, *, on_line: Callable[[str], None] = say) -> RunResult:
     launcher = open_launcher(settings())
     launcher.submit(job)
     lines = EpochLines(plan.stage, on_line)
-    try:
-        outcome = wait(launcher, job, on_line=lines)
-    except KeyboardInterrupt:
+
+    def stop() -> None:
         launcher.cancel(job.name)
         on_line("stopping: the job saves its state first; interrupt again to leave it alone")
-        outcome = wait(launcher, job, on_line=lines)
+
+    outcome = wait(launcher, job, on_line=lines, on_interrupt=stop)
     return RunResult(run.uri, plan.key, outcome, was_finished=False)
 
 

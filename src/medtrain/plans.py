@@ -93,6 +93,7 @@ class PreparedData:
             fingerprint=facts["fingerprint"],
             protocol=facts["protocol"],
             part=facts["part"],
+            rows_fingerprint=facts["rows"],
         )
         moved = RunDirectory.open(uri).read_json(LOCATION) or {}
         root = moved.get("root", facts["root"])

@@ -18,8 +18,17 @@ from pydantic_settings import (
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
+from yaml import YAMLError
 
 from medtrain.errors import ConfigError
+
+_NOT_SETTINGS = {
+    "MEDTRAIN_SETTINGS",
+    "MEDTRAIN_LINE_PREFIX",
+    "MEDTRAIN_COMMIT",
+    "MEDTRAIN_IMAGE_DIGEST",
+}
+"""Variables of the same beginning that say something else."""
 
 
 class Settings(BaseSettings):
@@ -96,12 +105,30 @@ class Settings(BaseSettings):
 @cache
 def settings() -> Settings:
     """The site's settings, read once a process."""
-    try:
-        return Settings()
-    except ValidationError as error:
+    known = {f"MEDTRAIN_{name.upper()}" for name in Settings.model_fields} | _NOT_SETTINGS
+    unknown = [name for name in os.environ if name.startswith("MEDTRAIN_") and name not in known]
+    if unknown:
         raise ConfigError(
             [
-                f"setting MEDTRAIN_{'_'.join(map(str, detail['loc'])).upper()}: {detail['msg']}"
-                for detail in error.errors()
+                f"environment variable {name} is no setting; known: {', '.join(sorted(known))}"
+                for name in unknown
             ]
+        )
+    try:
+        return Settings()
+    except (YAMLError, ValueError) as error:
+        if isinstance(error, ValidationError):
+            raise _explained(error) from error
+        file = os.environ.get("MEDTRAIN_SETTINGS")
+        raise ConfigError(
+            f"MEDTRAIN_SETTINGS={file} must hold keys and values ({error})"
         ) from error
+
+
+def _explained(error: ValidationError) -> ConfigError:
+    return ConfigError(
+        [
+            f"setting MEDTRAIN_{'_'.join(map(str, detail['loc'])).upper()}: {detail['msg']}"
+            for detail in error.errors()
+        ]
+    )

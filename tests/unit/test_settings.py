@@ -47,3 +47,19 @@ def test_a_job_gets_the_very_same_settings(tmp_path, monkeypatch) -> None:
     for name, value in site.environment().items():
         monkeypatch.setenv(name, value)
     assert Settings() == site
+
+
+def test_a_misspelled_setting_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEDTRAIN_STORAGE_ROT", "/x")
+    with pytest.raises(ConfigError, match="MEDTRAIN_STORAGE_ROT is no setting"):
+        settings()
+
+
+@pytest.mark.parametrize("content", ["storage_root: {", "- a\n- b\n"])
+def test_an_unusable_settings_file_is_refused_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    (tmp_path / "site.yaml").write_text(content)
+    monkeypatch.setenv("MEDTRAIN_SETTINGS", str(tmp_path / "site.yaml"))
+    with pytest.raises(ConfigError, match="MEDTRAIN_SETTINGS"):
+        settings()

@@ -74,13 +74,13 @@ def main() -> None:
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2 if isinstance(error, ConfigError) else 1)
-    except OSError as error:
-        if _verbose:
-            raise
-        sys.stderr.write(f"error: {error}\n")
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.stderr.write(
             "interrupted: what was finished is kept; the same command goes on from there\n"
         )
         sys.exit(130)
+    except Exception as error:
+        if _verbose:
+            raise
+        sys.stderr.write(f"error: unexpected {type(error).__name__}: {error} (-v for the trace)\n")
+        sys.exit(1)

@@ -15,7 +15,8 @@ from medtrain.config import Data
 from medtrain.data.cache import HashCache, local_path
 from medtrain.data.manifest import Case, Manifest, Scan, problem_table
 from medtrain.data.splits import Membership, SplitRow, count_roles, is_trainable
-from medtrain.errors import ConfigError, DataError
+from medtrain.data.splits import fingerprint as splits_fingerprint
+from medtrain.errors import ConfigError, DataError, ObjectMissing
 from medtrain.storage.stores import open_store
 from medtrain.storage.uri import Store, join_uri
 
@@ -52,6 +53,8 @@ class Prepared:
     counts: Mapping[str, int]
     """Role → cases of the manifest."""
     is_synthetic: bool
+    rows_fingerprint: str
+    """Of the membership up to `part`."""
 
     @property
     def manifest_key(self) -> str:
@@ -142,6 +145,8 @@ def prepare(
     """
     scan = checked_scan(module, root=root, data=data, progress=progress)
     manifest = scan.manifest
+    if not manifest.cases:
+        raise DataError(f"{root.uri} must hold a data set, but is empty or does not exist")
     membership = Membership.open(home, data.protocol)
     # Before anything is written: what the protocol refuses leaves no trace.
     membership.changes(_assigned(module, manifest, data, membership.rows, home=home, seed=seed))
@@ -155,6 +160,7 @@ def prepare(
         part=membership.part,
         counts=count_roles(row for row in membership.rows if row.case_id in manifest.by_id),
         is_synthetic=manifest.is_synthetic,
+        rows_fingerprint=splits_fingerprint(membership.rows),
     )
 
 
@@ -178,6 +184,7 @@ def preview(
         part=membership.part + is_new,
         counts=count_roles(rows),
         is_synthetic=manifest.is_synthetic,
+        rows_fingerprint=splits_fingerprint(rows),
     )
 
 
@@ -195,14 +202,33 @@ def checked_scan(
     return scan
 
 
-def load(home: Store, *, fingerprint: str, protocol: str, part: int) -> PreparedCases:
+def load(
+    home: Store, *, fingerprint: str, protocol: str, part: int, rows_fingerprint: str
+) -> PreparedCases:
     """The cases and their places, as they were when `prepare` answered.
 
     Raises:
         DataError: A case of the manifest has no place in the membership.
     """
-    manifest = Manifest.from_json(home.read(manifest_key(fingerprint)).decode())
-    places = {row.case_id: row for row in Membership.open(home, protocol, part=part).rows}
+    try:
+        manifest = Manifest.from_json(home.read(manifest_key(fingerprint)).decode())
+        rows = Membership.open(home, protocol, part=part).rows
+    except ObjectMissing as error:
+        raise DataError(
+            f"{home.uri} must hold what was prepared, but it is gone ({error}). Record it anew: "
+            "medtrain data split NAME data.root=…"
+        ) from error
+    if manifest.fingerprint != fingerprint:
+        raise DataError(
+            f"manifest {fingerprint[:12]} of {home.uri} must be as it was written, but "
+            "was changed. Put the copy back that was recorded."
+        )
+    if splits_fingerprint(rows) != rows_fingerprint:
+        raise DataError(
+            f"{home.uri}/splits/{protocol} must be as it was recorded up to part {part}, but was "
+            "changed: sealed cases may have moved. Put the recorded parts back."
+        )
+    places = {row.case_id: row for row in rows}
     lost = sorted(set(manifest.by_id) - set(places))
     if lost:
         raise DataError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Any, Literal, Protocol
 from medtrain.errors import JobFailed
 from medtrain.launch.job import JobSpec
 from medtrain.storage.runs import EXIT_STOPPED, Outcome, RunDirectory
+
+METRIC_LINE = re.compile(r"(?P<name>[a-z0-9_]+)=(?P<value>[-+.e0-9]+)")
+"""A value that a worker prints for whoever collects metrics."""
 
 Manifest = Mapping[str, Any]
 """What a launcher would send, as plain types."""
@@ -49,9 +53,12 @@ def wait(
     job: JobSpec,
     *,
     on_line: Callable[[str], None],
+    on_interrupt: Callable[[], None] | None = None,
     poll_s: float = 0.3,
 ) -> Outcome:
     """Follow a job to its end and return the run's outcome.
+
+    A first Ctrl-C calls `on_interrupt` and goes on following; a second one leaves.
 
     The run's own words are believed first: `outcome.json`, then the attempt's end, then the place.
 
@@ -61,19 +68,27 @@ def wait(
     run = RunDirectory.open(job.run_uri)
     position, partial = 0, b""
     tail: list[str] = []
+    is_interrupted = False
     while True:
-        status = launcher.status(job.name)
-        data = launcher.read_log(job.name, start=position)
-        position += len(data)
-        *lines, partial = (partial + data).split(b"\n")
-        for line in lines:
-            text = line.decode(errors="replace").rstrip()
-            tail = [*tail[-19:], text]
-            on_line(text)
-        if status.state == "running":
-            time.sleep(poll_s)
-        elif not data:
-            break
+        try:
+            status = launcher.status(job.name)
+            data = launcher.read_log(job.name, start=position)
+            position += len(data)
+            *lines, partial = (partial + data).split(b"\n")
+            for line in lines:
+                text = line.decode(errors="replace").rstrip()
+                if not METRIC_LINE.fullmatch(text):
+                    tail = [*tail[-19:], text]
+                on_line(text)
+            if status.state == "running":
+                time.sleep(poll_s)
+            elif not data:
+                break
+        except KeyboardInterrupt:
+            if on_interrupt is None or is_interrupted:
+                raise
+            is_interrupted = True
+            on_interrupt()
     outcome = run.outcome()
     if outcome is not None and outcome.state == "done":
         return outcome

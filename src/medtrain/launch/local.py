@@ -7,6 +7,7 @@ launcher that comes later adopts it by name and run key.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from medtrain.launch.job import JobSpec
 from medtrain.launch.launcher import JobStatus, Manifest
 from medtrain.storage.runs import EXIT_DONE, EXIT_RETRY, EXIT_STOPPED, EXIT_VERDICT
 
+_LOG = logging.getLogger(__name__)
 _MEANINGS = {
     EXIT_DONE: "done",
     EXIT_VERDICT: "its own inputs do not allow it",
@@ -164,7 +166,7 @@ class LocalLauncher:
         with self._log_path(job.name).open("ab") as log:
             child = subprocess.Popen(
                 manifest["argv"],
-                env={**os.environ, **manifest["env"]},
+                env={**_clean_environment(), **manifest["env"]},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -178,7 +180,13 @@ class LocalLauncher:
 
     def _record(self, name: str) -> _Record | None:
         path = self._folder / f"{name}.json"
-        return _Record(**json.loads(path.read_text())) if path.exists() else None
+        try:
+            return _Record(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (ValueError, TypeError) as error:
+            _LOG.warning("record %s of a former job is damaged and left aside (%s)", path, error)
+            return None
 
     def _log_path(self, name: str) -> Path:
         return self._folder / f"{name}.log"
@@ -190,6 +198,16 @@ def _check_nodes(job: JobSpec) -> None:
             f"job.nodes must be 1 on one machine, but is {job.nodes}. Set job.nodes=1 and "
             "job.processes to the number of processes (one a GPU)."
         )
+
+
+def _clean_environment() -> dict[str, str]:
+    """The environment without the topology of another distributed job, such as the shell's."""
+    foreign = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PET_", "MASTER_", "TORCHELASTIC_")) and name not in foreign
+    }
 
 
 def _created(pid: int) -> float | None:

@@ -28,6 +28,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from pydantic import TypeAdapter
+
 from medtrain.errors import CheckpointError, ObjectDamaged, ObjectMissing
 from medtrain.storage.stores import open_store
 from medtrain.storage.uri import Store, sha256_of
@@ -135,16 +137,26 @@ class RunDirectory:
             ) from error
 
     def _read_record(self, key: str, kind: type[T]) -> T | None:
-        record = self.read_json(key)
-        if record is None:
-            return None
         try:
-            return kind(**record)
-        except TypeError as error:
-            raise ObjectDamaged(
-                f"{self.uri}/{key} must be a record of the kind {kind.__name__}, "
-                f"but is none ({error})"
-            ) from error
+            text = self.read_text(key)
+        except ObjectMissing:
+            return None
+        except ValueError as error:
+            raise self._damaged(key, kind, str(error)) from error
+        try:
+            record = json.loads(text)
+            # The call refuses unknown names, the adapter values of another type.
+            kind(**record)
+            return TypeAdapter(kind).validate_python(record)
+        except (ValueError, TypeError) as error:
+            raise self._damaged(key, kind, str(error)) from error
+
+    def _damaged(self, key: str, kind: type, why: str) -> ObjectDamaged:
+        return ObjectDamaged(
+            f"{self.uri}/{key} must be a record of the kind {kind.__name__}, but is damaged "
+            f"({' '.join(why.split())[:200]}). Remove it and run again: the run goes on from its "
+            "checkpoint."
+        )
 
     def attempts(self) -> list[int]:
         """Numbers of all starts so far, ascending."""

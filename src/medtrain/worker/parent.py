@@ -120,6 +120,8 @@ def _attempt(plan: Plan, key: str, work: Callable[[Plan, int, Path], End]) -> in
     fruitless = run.fruitless_attempts()
     if fruitless >= plan.stage.job.attempts:
         reason = f"{fruitless} starts in a row ended without a new checkpoint"
+        last = run.attempt_end(run.attempts()[-1])
+        reason += f"; the last: {last.reason}" if last else ""
         run.write_outcome(Outcome("gave_up", reason, details=verdict_details(plan.stage.job)))
         log.error("error: given up: %s", reason)
         return EXIT_VERDICT
@@ -228,6 +230,7 @@ def _prepare_data(plan: Plan, attempt: int, scratch: Path) -> End:
         "fingerprint": prepared.fingerprint,
         "protocol": prepared.protocol,
         "part": prepared.part,
+        "rows": prepared.rows_fingerprint,
         "root": root_uri(data),
         "run_key": plan.key,
     }

@@ -72,7 +72,13 @@ def test_manifest_and_membership_are_recorded_and_found_again(root: Store, home:
     assert (prepared.protocol, prepared.part, prepared.counts) == ("p", 1, {"train": 4})
     assert prepared.is_synthetic
     assert home.exists(prepared.manifest_key)
-    loaded = load(home, fingerprint=prepared.fingerprint, protocol="p", part=1)
+    loaded = load(
+        home,
+        fingerprint=prepared.fingerprint,
+        protocol="p",
+        part=1,
+        rows_fingerprint=prepared.rows_fingerprint,
+    )
     assert loaded.manifest.fingerprint == prepared.fingerprint
     assert [row.case_id for row in loaded.rows] == ["0", "1", "2", "3"]
 
@@ -91,9 +97,21 @@ def test_an_earlier_state_is_loaded_as_it_was(root: Store, home: Store) -> None:
     second = prepare(joined, root=root, data=DATA, home=home)
 
     assert second.part == 2
-    before = load(home, fingerprint=first.fingerprint, protocol="p", part=first.part)
+    before = load(
+        home,
+        fingerprint=first.fingerprint,
+        protocol="p",
+        part=first.part,
+        rows_fingerprint=first.rows_fingerprint,
+    )
     assert [(row.case_id, row.group) for row in before.rows][:2] == [("0", "g0"), ("1", "g1")]
-    after = load(home, fingerprint=second.fingerprint, protocol="p", part=second.part)
+    after = load(
+        home,
+        fingerprint=second.fingerprint,
+        protocol="p",
+        part=second.part,
+        rows_fingerprint=second.rows_fingerprint,
+    )
     assert [row.group for row in after.rows][:2] == ["one", "one"]
     assert len(after.rows) == 6
 
@@ -103,16 +121,33 @@ def test_cases_that_are_gone_are_not_used_but_stay_on_record(root: Store, home: 
     fewer = prepare(Module(3), root=root, data=DATA, home=home)
 
     assert fewer.counts == {"train": 3}
-    assert len(load(home, fingerprint=fewer.fingerprint, protocol="p", part=1).rows) == 3
+    assert (
+        len(
+            load(
+                home,
+                fingerprint=fewer.fingerprint,
+                protocol="p",
+                part=1,
+                rows_fingerprint=fewer.rows_fingerprint,
+            ).rows
+        )
+        == 3
+    )
     assert len(Membership.open(home, "p").rows) == 6
 
 
 def test_a_manifest_whose_cases_have_no_place_is_refused(root: Store, home: Store) -> None:
-    prepare(Module(4), root=root, data=DATA, home=home)
+    first = prepare(Module(4), root=root, data=DATA, home=home)
     later = prepare(Module(6), root=root, data=DATA, home=home)
 
     with pytest.raises(DataError, match="lacks 4, 5"):
-        load(home, fingerprint=later.fingerprint, protocol="p", part=1)
+        load(
+            home,
+            fingerprint=later.fingerprint,
+            protocol="p",
+            part=1,
+            rows_fingerprint=first.rows_fingerprint,
+        )
 
 
 def test_a_data_set_with_errors_is_refused_whole_and_leaves_nothing(

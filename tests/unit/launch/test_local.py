@@ -197,3 +197,53 @@ def test_the_local_job_is_the_worker_under_the_agents_environment(tmp_path) -> N
     assert manifest["argv"][1:] == ["-m", "medtrain.worker", "train"]
     assert manifest["env"]["PET_NPROC_PER_NODE"] == "1"
     assert manifest["env"]["PET_STANDALONE"] == "1"
+
+
+def test_the_shells_distributed_variables_do_not_reach_the_job(
+    tmp_path, launcher, monkeypatch
+) -> None:
+    monkeypatch.setenv("PET_NODE_RANK", "3")
+    monkeypatch.setenv("RANK", "1")
+    script = (
+        "import os, pathlib; pathlib.Path(os.environ['RUN'] + '-env').write_text("
+        "','.join(n for n in os.environ if n.startswith('PET_') or n == 'RANK'))"
+    )
+    spec = job(tmp_path, script)
+    launcher.submit(spec)
+    with pytest.raises(JobFailed):
+        wait(launcher, spec, on_line=lambda _: None, poll_s=0.02)
+    assert (tmp_path / "run-env").read_text() == ""
+
+
+def test_a_damaged_record_of_a_former_job_is_left_aside(tmp_path, launcher) -> None:
+    spec = job(tmp_path, done(tmp_path))
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / f"{spec.name}.json").write_text('{"pid": 1')
+    launcher.submit(spec)
+    assert wait(launcher, spec, on_line=lambda _: None, poll_s=0.02).state == "done"
+
+
+def test_an_interrupt_stops_the_job_and_its_log_goes_on_where_it_was(tmp_path, launcher) -> None:
+    script = (
+        "import signal, sys, time;"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(143)));"
+        "print('begun', flush=True); time.sleep(60)"
+    )
+    spec = job(tmp_path, script)
+    launcher.submit(spec)
+    lines: list[str] = []
+
+    def on_line(line: str) -> None:
+        lines.append(line)
+        if line == "begun":
+            raise KeyboardInterrupt
+
+    with pytest.raises(JobFailed):
+        wait(
+            launcher,
+            spec,
+            on_line=on_line,
+            on_interrupt=lambda: launcher.cancel(spec.name),
+            poll_s=0.02,
+        )
+    assert lines == ["begun", "saved"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from medtrain.errors import CheckpointError, StorageError
+from medtrain.errors import CheckpointError, ObjectDamaged, StorageError
 from medtrain.storage.runs import (
     EXIT_RETRY,
     EXIT_STOPPED,
@@ -333,3 +333,15 @@ def test_a_pointer_survives_the_way_through_json(local_run: RunDirectory) -> Non
 
     assert Pointer(**json.loads(json.dumps(asdict(pointer)))) == pointer
     assert EXIT_VERDICT == 42
+
+
+@pytest.mark.parametrize(
+    "content", ["null", "[]", "{", '{"state": null}', '{"state": "done", "artifacts": [1]}']
+)
+def test_a_damaged_outcome_is_named_with_the_way_out(tmp_path: Path, content: str) -> None:
+    run = RunDirectory.open(str(tmp_path))
+    (tmp_path / "outcome.json").write_text(content)
+    with pytest.raises(ObjectDamaged, match="Remove it and run again"):
+        run.outcome()
+    with pytest.raises(ObjectDamaged):
+        run.write_outcome(Outcome("done"))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medtrain.errors import ConfigError, JobFailed
+from medtrain.errors import ConfigError, DataError, JobFailed
 from medtrain.flow import run_evaluation, run_prepare, run_stage
 from medtrain.plans import plan_training, verdict_details
 from medtrain.recipes import recipes
@@ -232,3 +232,23 @@ def test_mistakes_of_all_stages_surface_before_anything_is_done(raw: Path) -> No
     assert len(caught.value.problems) == 2
     assert "finetune: epcohs" in str(caught.value)
     assert not Path(settings().storage).exists()
+
+
+def test_changed_membership_and_manifest_are_refused(raw: Path, data_uri: str) -> None:
+    outcome = RunDirectory.open(data_uri).outcome()
+    assert outcome is not None
+    home = Path(outcome.details["home"])
+    (part,) = (home / "splits/holdout_5fold").glob("*.csv")
+    recorded = part.read_text()
+    part.write_text(recorded.replace(",test,", ",fold_0,"))
+    with pytest.raises(DataError, match="sealed cases may have moved"):
+        plan_training("tiny:base", data_uri=data_uri)
+    part.write_text(recorded)
+    (manifest,) = (home / "manifests").glob("*.json")
+    recorded = manifest.read_text()
+    manifest.write_text(recorded.replace("case_005", "case_006"))
+    with pytest.raises(DataError):
+        plan_training("tiny:base", data_uri=data_uri)
+    manifest.unlink()
+    with pytest.raises(DataError, match="medtrain data split"):
+        plan_training("tiny:base", data_uri=data_uri)
