@@ -38,7 +38,7 @@ def test_demo_ends_with_a_registered_model_that_predicts_in_millimeters(tmp_path
     package = verify_package(home / "demo-model/version-1")
     assert package.details["is_synthetic"] is True
     (table,) = (home / "demo-predictions/version-1").glob("*.csv")
-    (row,) = csv.DictReader(table.open())
+    (row,) = csv.DictReader(table.read_text().splitlines())
     assert 0 < float(row["x_0"]) < 387
     assert list((home / "demo-predictions/version-1").glob("*.png"))
 
